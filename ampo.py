@@ -75,7 +75,7 @@ class Config:
     out: str = flag("", "folder of the run; default: runs/METHOD-SEED")
     resume: bool = flag(False, "continue the run in --out from its last checkpoint, with the flags it began with")
     seed: int = flag(0, "seed of the sampling and of the order of the problems")
-    steps: int = flag(300, "training steps", 1)
+    steps: int = flag(250, "training steps", 1)
     prompts_per_step: int = flag(32, "P: problems a step", 1)
     group_size: int = flag(8, "G: rollouts a problem", 2)
     updates: int = flag(2, "optimizer updates a step; from the second one on ratios leave 1", 1)
@@ -711,15 +711,14 @@ METHODS = {
 
 def set_advantages(student: Student, groups: list[list[Sample]]):
     """One advantage a token: the response's over its group, or the value head's GAE."""
-    cfg = student.cfg
     for group in filter(None, groups):
         rewards = torch.tensor([[sample.reward for sample in group]])  # (1, G)
-        for sample, advantage in zip(group, METHODS[cfg.method].advantages(rewards, cfg.follow)[0].tolist()):
-            sample.advantages = [advantage] * len(sample.ids)
-    for batch in micro_batches(sum(groups, []), cfg.micro_tokens) if cfg.advantage == "gae" else []:
+        advantages = METHODS[student.cfg.method].advantages(rewards, student.cfg.follow)[0].tolist()
+        for sample, advantage in zip(group, advantages): sample.advantages = [advantage] * len(sample.ids)
+    for batch in micro_batches(sum(groups, []), student.cfg.micro_tokens) if student.cfg.advantage == "gae" else []:
         with torch.no_grad():
             _, _, values, mask = score_samples(student, batch)
-        advantages = gae(values, torch.tensor([s.reward for s in batch], device=values.device), mask, cfg.lam)
+        advantages = gae(values, torch.tensor([s.reward for s in batch], device=values.device), mask, student.cfg.lam)
         for sample, a, v in zip(batch, advantages.tolist(), values.tolist()):
             sample.advantages, sample.values = a[:len(sample.ids)], v[:len(sample.ids)]
 
@@ -960,6 +959,8 @@ def load_inputs(cfg: Config):
     problems, beside, needs = load_problems(cfg.data), Path(cfg.data).parent, METHODS[cfg.method].needs
     refuse(needs and not any(getattr(problem, needs) for problem in problems),
            f"{cfg.data}: --method {cfg.method} needs the field '{needs}', and no line has it")
+    names = {name for problem in problems for name in problem.teachers}
+    refuse(not set(cfg.teachers.split(",")) <= names | {""}, f"--teachers {cfg.teachers}: known are {sorted(names)}")
     paths = cfg.eval_data.split(",") if cfg.eval_data else [*beside.glob("test.jsonl"), *sorted(beside.glob("ood_*"))]
     sets = {Path(path).stem: load_problems(path) for path in [*beside.glob("valid.jsonl"), *paths] if cfg.eval_every}
     return problems, sets.pop("valid", []), sets
@@ -1012,8 +1013,7 @@ def parse_config(argv: list[str]) -> tuple[Config, dict]:
     for f in fields(Config):
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": f.metadata["choices"]}
         parser.add_argument("--" + f.name, default=argparse.SUPPRESS, help=f.metadata["help"], **kind)
-    given = vars(parser.parse_args(argv))
-    cfg = Config(**given)
+    cfg = Config(**(given := vars(parser.parse_args(argv))))
     for f in fields(Config):
         value, least = getattr(cfg, f.name), f.metadata["least"]
         refuse(least is not None and not value >= least, f"--{f.name} {value}: must be at least {least}")

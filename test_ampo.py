@@ -997,6 +997,17 @@ class TestUpdate:
         gradient, _ = gradient_of(student, [s])
         assert all(torch.allclose(a, p.grad, atol=1e-6) for a, p in zip(gradient, twin.parameters()))
 
+    @pytest.mark.parametrize("advantage", [0.7, -0.7])
+    def test_guide_gradient_is_that_of_the_shaped_ratio_with_a_detached_gamma(self, make_student, advantage):
+        student, twin = make_student(method="guide", entropy_coef=0.0), make_student().model
+        s = sample_of([5, 6, 7], old_logps=[-2.0, -3.0, -1.0], advantages=[advantage] * 3, off_policy=True)
+        logits = twin(torch.tensor([s.prompt + s.ids])).logits[0, 1:-1].log_softmax(-1)
+        ratio = (logits.gather(1, torch.tensor(s.ids)[:, None])[:, 0] - torch.tensor(s.old_logps)).exp()
+        gamma = ratio.detach().quantile(0.9)
+        (-advantage * ratio / (ratio + gamma) / 40).sum().backward()
+        gradient, _ = gradient_of(student, [s])
+        assert all(torch.allclose(a, p.grad, atol=1e-6) for a, p in zip(gradient, twin.parameters()))
+
     def test_micro_batches_hold_every_sample_once_within_the_budget(self):
         rng = random.Random(0)
         samples = [sample_of([5] * rng.randint(1, 30), prompt=[4] * rng.randint(1, 20)) for _ in range(50)]
@@ -1235,7 +1246,8 @@ class TestBadInput:
     @pytest.mark.parametrize("flags, named", [
         (["--group_size", "1"], "--group_size"),
         (["--temperature", "-1"], "--temperature"), (["--temperature", "0"], "--temperature"),
-        (["--k", "9"], "--k"), (["--steps", "0"], "--steps"), (["--steps", "x"], "--steps"), (["--lr", "nan"], "--lr"),
+        (["--k", "9"], "--k"), (["--teachers", "undo,nobody"], "--teachers"),
+        (["--steps", "0"], "--steps"), (["--steps", "x"], "--steps"), (["--lr", "nan"], "--lr"),
         (["--method", "ppo"], "ppo"), (["--follow", "me"], "--follow"), (["--nonsense", "1"], "--nonsense"),
         (["--model", "no/such/folder"], "no/such/folder"), (["--model", str(HERE / "data")], str(HERE / "data")),
         (["--data", "missing.jsonl"], "missing.jsonl"), (["--eval_data", "a.jsonl", "--eval_every", "1"], "a.jsonl"),

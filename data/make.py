@@ -22,7 +22,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import (AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
+                          Qwen2Tokenizer)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ampo  # the verifier, the prompt format and the sampler are those of training
@@ -34,16 +35,15 @@ RL_PHRASINGS = ("Solve {equation}.", "Solve for {x}: {equation}", "Find {x} if {
 OTHER_PHRASINGS = ("What is {x} when {equation}?", "Given {equation}, determine {x}.", "Let {equation}. Compute {x}.",
                    "Which {x} satisfies {equation}?", "{equation}, so {x} is?")
 
-PREFIX = "\n The following text is the beginning part of the answer, which you can refer to for solving the problem:\n"
-
-# What the base model is taught. Level 4 and 5 are left to reinforcement learning.
+# What the base model is taught. Levels 4 and 5 come only with a hint or a prefix: it learns what those are for, and the
+# plain problems of these levels are left to reinforcement learning.
 BASE_STYLES = {"undo": 0.45, "work": 0.40, "expand": 0.12, "secant": 0.03}
 PLAIN_LEVELS = {1: 0.05, 2: 0.60, 3: 0.35}
 FORWARD_LEVELS = {1: 0.1, 2: 0.3, 3: 0.4, 4: 0.2}
 GUIDED_LEVELS = {2: 0.3, 3: 0.4, 4: 0.15, 5: 0.15}
 FORWARD_SHARE, HINT_SHARE, PREFIX_SHARE, SWAPPED_SHARE = 0.12, 0.15, 0.15, 0.25
 SLIPS = 0.25  # a base model has read much that is wrong: what is there for reinforcement learning to sharpen
-LARGEST_TERM = 5
+LARGEST_TERM = 5  # with terms up to 9 it takes twice as long to learn to add
 BATCH, POOL = 32, 64_000
 
 CHAT_TEMPLATE = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
@@ -65,10 +65,12 @@ class Equation(NamedTuple):
 
 
 def level(eq):
+    """The number of operations around and in a*x."""
     return 1 + len(eq.wraps)
 
 
 def answer(eq):
+    """The unknown, as a fraction in lowest terms."""
     return str(Fraction(eq.start, eq.a))
 
 
@@ -99,7 +101,8 @@ def draw_equation(rng, level, whole=False, largest=300):
     """Sums and products take turns, so each operation is one step; values stay within what the base can compute."""
     while True:
         a, start = rng.randint(2, 9), rng.randint(1, 40)
-        wraps = [("*", rng.randint(2, 5)) if i % 2 else (rng.choice("+-"), rng.randint(1, LARGEST_TERM)) for i in range(level - 1)]
+        wraps = [("*", rng.randint(2, 5)) if i % 2 else (rng.choice("+-"), rng.randint(1, LARGEST_TERM))
+                 for i in range(level - 1)]
         eq = Equation(a, start, tuple(wraps))
         # Fractions that cancel (6*x=8) are kept in one case of four: they are hard for so small a model.
         cancels = math.gcd(a, start) > 1 and rng.random() < 0.75
@@ -192,7 +195,7 @@ def hint(question, eq):
 
 def guided_by_prefix(question, solution, omega):
     """The user message of GHPO: the question and the first part of the solution."""
-    return question + PREFIX + solution[:round(len(solution) * omega)]
+    return question + ampo.LEAD + solution[:round(len(solution) * omega)]
 
 
 def equation_problem(rng, eq, letters, phrasings, swapped=False):
@@ -205,14 +208,16 @@ def equation_problem(rng, eq, letters, phrasings, swapped=False):
 def forward_problem(rng, eq):
     """Another task that the base can do: put a number in and calculate. The response is the arithmetic."""
     v, lines = values(eq), [f"{eq.a}*{eq.start // eq.a}={eq.start}"]
-    lines += [f"{n}*{v[i]}={v[i + 1]}" if op == "*" else f"{v[i]}{op}{n}={v[i + 1]}" for i, (op, n) in enumerate(eq.wraps)]
+    for (op, n), before, after in zip(eq.wraps, v, v[1:]):
+        lines.append(f"{n}*{before}={after}" if op == "*" else f"{before}{op}{n}={after}")
     gold = str(v[-1])
     return {"question": f"What is {left_side(eq, eq.start // eq.a)}?", "answer": gold, "level": level(eq),
             "family": "forward", "teachers": {"work": trace(lines[:-1], gold, gold)}}
 
 
 def draw_set(rng, count, levels, taken, make, whole=False):
-    """`count` problems, the levels in turn, none in `taken`; no answer makes up 1 % of them, so guessing does not pay."""
+    """`count` problems, the levels in turn, on equations that are not in `taken`. Every answer makes up less than 1 %,
+    so that one who ignores the question is almost never right."""
     problems, answers, most = [], Counter(), math.ceil(count / 100) - 1
     while len(problems) < count:
         eq = draw_equation(rng, levels[len(problems) % len(levels)], whole)
@@ -261,8 +266,8 @@ def base_example(rng, taken):
         return problem["question"], problem["teachers"]["work"]
     problem = equation_problem(rng, eq, RL_LETTERS + OTHER_LETTERS, RL_PHRASINGS + OTHER_PHRASINGS,
                                rng.random() < SWAPPED_SHARE)
-    message = {"plain": problem["question"], "hint": problem["hint"],
-               "prefix": guided_by_prefix(problem["question"], problem["solution"], rng.choice((0.25, 0.5, 0.75)))}[kind]
+    prefixed = guided_by_prefix(problem["question"], problem["solution"], rng.choice((0.25, 0.5, 0.75)))
+    message = {"plain": problem["question"], "hint": problem["hint"], "prefix": prefixed}[kind]
     teacher = TEACHERS[pick(rng, BASE_STYLES)]
     return message, write(*teacher(eq, with_slips(rng, eq, SLIPS if kind == "plain" else 0)))
 
@@ -274,7 +279,8 @@ def train_tokenizer(texts, folder, vocab_size=384):
     file says. Hence also the reload: the base model must be taught with the tokenizer that everyone will use."""
     qwen2 = Qwen2Tokenizer(vocab={}, merges=[]).backend_tokenizer
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = qwen2.normalizer, qwen2.pre_tokenizer, qwen2.decoder
+    tokenizer.normalizer, tokenizer.pre_tokenizer = qwen2.normalizer, qwen2.pre_tokenizer
+    tokenizer.decoder = qwen2.decoder
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
@@ -288,7 +294,8 @@ def new_model(tokenizer):
     return Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, rope_theta=10_000.0,
-        initializer_range=0.05, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
+        initializer_range=0.05, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id))
 
 
 def batches(rng, pairs, count):
@@ -375,7 +382,8 @@ def measure(model, tokenizer, sets):
     for name in sets:
         if name.startswith("ood"):
             r = solve(model, tokenizer, [p["question"] for p in sets[name]], [p["answer"] for p in sets[name]], 8)
-            print(f"{name:14} pass@1 {mean(ok for row in r for _, ok in row):.2f}  pass@8 {mean(any(ok for _, ok in row) for row in r):.2f}")
+            once, ever = mean(ok for row in r for _, ok in row), mean(any(ok for _, ok in row) for row in r)
+            print(f"{name:14} pass@1 {once:.2f}  pass@8 {ever:.2f}")
     print("styles sampled:", dict(Counter(style(t) for r in plain for t, _ in r).most_common()))
 
 
@@ -408,8 +416,8 @@ def main():
 
     examples = [base_example(rng, taken) for _ in range(POOL)]
     tokenizer = train_tokenizer([text for pair in examples for text in pair], args.out / "base")
-    pairs = [(ampo.encode_prompt(tokenizer, q), tokenizer.encode(r, add_special_tokens=False) + [tokenizer.eos_token_id])
-             for q, r in examples]
+    pairs = [(ampo.encode_prompt(tokenizer, message), tokenizer.encode(text) + [tokenizer.eos_token_id])
+             for message, text in examples]
     model = new_model(tokenizer)
     print(f"{model.num_parameters()} parameters, {len(tokenizer)} tokens, data made in {time.time() - began:.0f} s")
     train_base(model, pairs, rng, args.steps)
