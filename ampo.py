@@ -225,12 +225,14 @@ KINDS = {kind: kind for kind in ("()", "[]", "[)", "(]", "{}", "⦃⦄", "⟦⟧
 
 @functools.cache
 def _context(bits):
+    """An mpmath of our own at so many bits of precision."""
     context = mpmath.MPContext()  # mpmath's own one is global; what is called here never changes the precision
     context.prec = bits
     return context
 
 
 def _plain(text):
+    """LaTeX -> the parser's alphabet; ValueError for what is too long or too deep."""
     if len(text) > MAX_CHARS or sum(map(text.count, "([{")) > MAX_BRACKETS: raise ValueError("too long")
     return functools.reduce(lambda text, rewrite: rewrite[0].sub(rewrite[1], text), REWRITES, text).strip()
 
@@ -262,6 +264,7 @@ def _parse(tokens, context, floor=0):
 
 
 def _join(context, left, op, right):
+    """The value of left op right; a relation, list, union or conjunction is a pair (kind, items)."""
     if op in NAMES: return _apply(context, NAMES[op], left, right)
     if op in ",∪∧": return (op, [*(left[1] if left[0] == op else [left]), right])
     difference = _apply(context, "fsub", *((right, left) if op in ">≥" else (left, right)))
@@ -271,6 +274,7 @@ def _join(context, left, op, right):
 
 
 def _operand(tokens, context):
+    """Reads a number, name, word, bracket, sign or function; ValueError or KeyError for anything else."""
     token = tokens.pop()
     name = token.strip('"\\')
     if token in ("(", "[", "{", "⦃", "⟦"):
@@ -300,6 +304,7 @@ def _canonical(value, context):
 
 @functools.lru_cache(1000)  # one gold answer is compared with many
 def _evaluate(text, bits):
+    """The canonical value of a text at one precision."""
     context, tokens = _context(bits), ["", *reversed(TOKEN.findall(text))]
     return _canonical(_parse(tokens, context), context), tokens  # tokens that are left over count as well
 
