@@ -1,6 +1,6 @@
 """Make the embedded miniature from one seed: the problems, the tokenizer and the base model.
 
-    python data/make.py            # about four minutes on two CPU cores
+    python data/make.py            # four and a half minutes on two CPU cores
 
 A problem is a linear equation in one unknown, made by wrapping a*x in additions, subtractions and
 multiplications. Its level is the number of operations: 3*(4*x+2)-4=20 has level 4 and the answer 3/2.
