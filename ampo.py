@@ -594,14 +594,14 @@ def comprehension(model, tokenizer, problem: Problem, traces: list[str], follow:
     Returns a number in [0, 1] for each trace; a trace without an answer mark scores 0.
     """
     encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids
-    prompts, answers, marked = [], [], []
+    prompt, prompts, answers, marked = encode_prompt(tokenizer, problem.question), [], [], []
     for trace in traces:
         cuts = [mark.end() for mark in re.finditer(r"\\boxed\{|<answer>", trace)]
         before = trace[:cuts[-1]] if cuts else ""
         ids = encode(before + problem.answer)
         # A token may span mark and answer, as "{\" does: the answer begins with the first token that differs.
         start = len(os.path.commonprefix([ids, encode(before)]))
-        prompts.append(encode_prompt(tokenizer, problem.question) + ids[:start])
+        prompts.append(prompt + ids[:start])
         answers.append(ids[start:])
         marked.append(bool(cuts))
     logps, mask = token_logps(model, prompts, answers)

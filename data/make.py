@@ -368,11 +368,10 @@ def measure(model, tokenizer, sets):
         guided[f"prefix {omega}"] = solve(model, tokenizer, messages, golds, 8)
     print("\nlevel      " + "".join(f"{lv:>8}" for lv in ("all", 2, 3, 4, 5)))
     rows = {f"pass@{k}": [ampo.pass_at_k(32, sum(ok for _, ok in r), k) for r in plain] for k in (1, 8, 32)}
-    rows["8 all fail"] = [math.comb(32 - sum(ok for _, ok in r), 8) / math.comb(32, 8) for r in plain]
+    rows["8 all fail"] = [1 - p for p in rows["pass@8"]]
     rows |= {name: [mean(ok for _, ok in r) for r in results] for name, results in guided.items()}
-    with torch.no_grad():
-        r_p = [ampo.comprehension(model, tokenizer, ampo.Problem(p["question"], p["answer"]),
-                                  [p["teachers"][name] for name in TEACHERS]) for p in test]
+    r_p = [ampo.comprehension(model, tokenizer, ampo.Problem(p["question"], p["answer"]),
+                              [p["teachers"][name] for name in TEACHERS]) for p in test]
     rows |= {f"r_p {name}": column for name, column in zip(TEACHERS, zip(*r_p))}
     rows |= {f"tok {name}": [len(tokenizer.encode(p["teachers"][name])) for p in test] for name in TEACHERS}
     rows["tok sampled"] = [mean(len(tokenizer.encode(t)) for t, _ in r) for r in plain]
