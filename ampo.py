@@ -44,14 +44,13 @@ Left out, and where to find it: a KL penalty (off in the official runs) and dual
 and sequence parallelism and a serving engine (verl, on which the official AMPO runs), LoRA (peft), judges other than
 the verifier, tool use and multi-turn chat.
 """
-import argparse, copy, functools, json, math, os
-import random, re, shutil, signal, sys, time
+import argparse, copy, functools, json, math, os, random, re, shutil, signal, sys, time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from pathlib import Path
 
-import mpmath, torch
+import mpmath, torch, torch.distributed as dist
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, DynamicLayer, logging
 
@@ -70,8 +69,8 @@ class Config:
 
     method: str = flag("ampo", "what to do with a problem on which every rollout failed; see METHODS")
     model: str = flag("data/base", "the student: a folder or hub name that transformers loads")
+    system: str = flag("", "system prompt; default: the chat template's own")
     data: str = flag("data/train.jsonl", "problems to train on, or to evaluate; format in data/README.md")
-    eval_data: str = flag("", "files of the closing table, comma separated; default: test and ood_* beside --data")
     out: str = flag("", "folder of the run; default: runs/METHOD-SEED")
     resume: bool = flag(False, "continue the run in --out from its last checkpoint, with the flags it began with")
     seed: int = flag(0, "seed of the sampling and of the order of the problems")
@@ -82,24 +81,20 @@ class Config:
     max_new_tokens: int = flag(128, "longest response, in tokens", 1)
     temperature: float = flag(1.0, "temperature of the rollouts and of the log-probabilities trained on", 0)
     lr: float = flag(2e-4, "learning rate of AdamW; 1e-6 for models of a billion parameters", 0)
-    weight_decay: float = flag(0.1, "weight decay of AdamW", 0)
-    max_grad_norm: float = flag(1.0, "norm at which gradients are clipped", 0)
     clip: float = flag(0.2, "ε of the clipped on-policy objective", 0)
     advantage: str = flag("group", "reward against the group's mean, or value head and GAE", choices=("group", "gae"))
     lam: float = flag(0.95, "λ of GAE", 0)
     gamma: float = flag(0.1, "γ of the off-policy shaping x/(x+γ); guide measures its own", 0)
     entropy_coef: float = flag(0.001, "weight of the entropy bonus", 0)
-    format_weight: float = flag(0.1, "share of the reward paid for giving any final answer", 0)
     follow: str = flag("code", "whom to follow where paper and official code disagree", choices=("code", "paper"))
     trigger: str = flag("fail", "guide groups with none right, or under half (v2)", choices=("fail", "half", "always"))
     k: int = flag(2, "ampo: traces swapped into a failed group", 1)
-    select: str = flag("comprehension", "ampo: by what", choices=("comprehension", "random", "shortest", "longest"))
-    teachers: str = flag("", "use only these teachers, comma separated; luffy takes the first; default: all")
     cold_start: int = flag(0, "first steps without any guidance (an option of GHPO)", 0)
     micro_tokens: int = flag(2048, "padded tokens of one training pass; a matter of memory, not of results", 1)
+    cache_tokens: int = flag(40000, "tokens in the KV cache of one sampling pass; a matter of memory", 1)
+    recompute: bool = flag(False, "gradient checkpointing: keep one activation a layer, compute the others again")
     eval_every: int = flag(100, "score valid.jsonl beside --data every so many steps; 0: no evaluation at all", 0)
     samples: int = flag(32, "samples a problem in evaluations", 1)
-    eval_temperature: float = flag(0.6, "temperature of evaluations during and after training", 0)
     save_every: int = flag(50, "steps between checkpoints", 1)
 
 
@@ -110,6 +105,12 @@ class InputError(ValueError):
 def refuse(bad: bool, message: str):
     """Raise InputError where an input is bad."""
     if bad: raise InputError(message)
+
+
+def attempt(message: str, call: callable, *args, **kwargs):
+    """call(*args, **kwargs), where libraries raise errors of many kinds for one bad file or full disk."""
+    try: return call(*args, **kwargs)
+    except Exception as error: raise InputError(f"{message} ({(str(error).strip() or repr(error)).splitlines()[0]})")
 
 
 # =====================================================================================================================
@@ -130,32 +131,30 @@ class Problem:
 
 def load_problems(path) -> list[Problem]:
     """Read a JSONL file of problems. Raises OSError, or InputError naming file, line and field."""
-    lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")
-    problems = [parse_problem(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    lines = enumerate(Path(path).read_text(encoding="utf-8", errors="replace").split("\n"), 1)
+    problems = [parse_problem(line, f"{path}:{number}") for number, line in lines if line.strip()]
     refuse(not problems, f"{path}: holds no problems")
     return problems
 
 
 def parse_problem(line: str, where: str) -> Problem:
     """One JSON object -> Problem. Numbers become text; fields that Problem does not have are ignored."""
-    try: row = dict(json.loads(line))
-    except (ValueError, TypeError, RecursionError): raise InputError(f"{where}: not a JSON object")
+    row = attempt(f"{where}: not a JSON object", lambda: dict(json.loads(line)))
     row = {f.name: row[f.name] for f in fields(Problem) if row.get(f.name) is not None} | {"where": where}
     row |= {name: str(value) for name, value in row.items() if type(value) in (int, float)}
     for f in fields(Problem):
-        kind = "an object of texts" if f.type is dict else "text"
-        refuse(not isinstance(row.get(f.name, f.type()), f.type), f"{where}: field '{f.name}' must be {kind}")
-    texts = row.get("teachers", {}).values()
-    refuse(not all(isinstance(text, str) for text in texts), f"{where}: field 'teachers' must be an object of texts")
+        value, kind = row.get(f.name, f.type()), "an object of texts" if f.type is dict else "text"
+        good = isinstance(value, f.type) and {type(v) for v in (value.values() if f.type is dict else [])} <= {str}
+        refuse(not good, f"{where}: field '{f.name}' must be {kind}")
     for name in ("question", "answer"): refuse(not row.get(name, "").strip(), f"{where}: field '{name}' is missing")
     # What the verifier cannot read is equal to nothing, not even to itself.
     refuse(not same_answer(gold := row["answer"], gold), f"{where}: field 'answer': cannot be verified: {gold!r}")
     return Problem(**row)
 
 
-def encode_prompt(tokenizer, question: str) -> list[int]:
+def encode_prompt(tokenizer, question: str, system: str = "") -> list[int]:
     """Token ids of a user message in the model's own chat template, up to where the assistant's turn begins."""
-    messages = [{"role": "user", "content": question}]
+    messages = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": question}]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
 
 
@@ -259,8 +258,7 @@ def _parse(tokens, context, floor=0):
         if re.match(r'[^\W\d_]|["\\(\[{⟦]', tokens[-1]):  # a product without a sign
             tokens.append("*" if tokens[-1][1:] in FUNCTIONS else "·")
         if LEVEL.get(tokens[-1], 0) <= floor: return left
-        op = tokens.pop()
-        left = _join(context, left, op, _parse(tokens, context, LEVEL[op] - (op == "^")))
+        left = _join(context, left, op := tokens.pop(), _parse(tokens, context, LEVEL[op] - (op == "^")))
 
 
 def _join(context, left, op, right):
@@ -275,11 +273,9 @@ def _join(context, left, op, right):
 
 def _operand(tokens, context):
     """Reads a number, name, word, bracket, sign or function; ValueError or KeyError for anything else."""
-    token = tokens.pop()
-    name = token.strip('"\\')
+    name = (token := tokens.pop()).strip('"\\')
     if token in ("(", "[", "{", "⦃", "⟦"):
-        inner = _parse(tokens, context)
-        kind = KINDS[token + tokens.pop()]
+        inner, kind = _parse(tokens, context), KINDS[token + tokens.pop()]
         return (kind, inner[1]) if inner[0] == "," else inner
     if token in ("+", "-"): return _apply(context, NAMES[token], [0] * 4, _parse(tokens, context, LEVEL["s"]))
     if token[:1] == "\\" and name in FUNCTIONS + PREFIXES:
@@ -352,21 +348,37 @@ def verify(response, gold):
 
 
 class Slab(DynamicLayer):
-    """One layer's keys and values in a buffer with room for the whole response: a decoding step writes one slice
-    where transformers' own cache copies everything. Made from a prefilled layer, each row repeated n times."""
+    """One layer's keys and values in buffers with room for whole responses, each prompt's repeated for its n rows: a
+    decoding step writes one slot where transformers' own cache copies everything. Attention sees the first `window`."""
 
-    def __init__(self, layer, n: int, room: int):
+    def __init__(self, layer, n: int, room: int, slot):
         super().__init__()
-        self.length = layer.keys.shape[2]
-        grow = lambda x: torch.nn.functional.pad(x.repeat_interleave(n, 0), (0, 0, 0, room))
-        self.keys, self.values = grow(layer.keys), grow(layer.values)
+        self.slot, self.window = slot, layer.keys.shape[2]
+        widen = lambda x: x.new_empty(len(x) * n, x.shape[1], room, x.shape[3])
+        self.keys, self.values = widen(layer.keys), widen(layer.values)  # (B, heads, L + T, D)
+        for new, x in zip((self.keys, self.values), (layer.keys, layer.values)):
+            new[:, :, :self.window] = x.repeat_interleave(n, 0)
 
     def update(self, keys, values, *args, **kwargs):
-        """Called by each attention layer: store the new keys and values, return all so far."""
-        end = self.length + keys.shape[2]
-        self.keys[:, :, self.length:end], self.values[:, :, self.length:end] = keys, values  # (B, heads, 1, D)
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        """Called by each attention layer: store the new keys and values (B, heads, 1, D), return all in the window."""
+        self.keys[:, :, self.slot], self.values[:, :, self.slot] = keys, values
+        return self.keys[:, :, :self.window], self.values[:, :, :self.window]
+
+    def resize(self, rows, window: int):
+        """Move `rows` to the front and forget the others; open the window further. The memory stays where it is."""
+        for x in (self.keys, self.values):
+            if len(rows) < len(x): x[:len(rows), :, :self.window] = x[:, :, :self.window].index_select(0, rows)
+            x[:, :, self.window:window] = 0  # masked until it is written, but 0 · nan would be nan
+        self.keys, self.values, self.window = self.keys[:len(rows)], self.values[:len(rows)], window
+
+
+def replayed(step: callable, device) -> callable:
+    """On CUDA, the kernels of step() recorded once into a graph: launching them one by one takes longer than a small
+    model takes to compute. What step() reads and writes must stay where it is; elsewhere this is step itself."""
+    if device.type != "cuda": return step
+    step()  # libraries set themselves up in the first call, which must not be recorded; it writes what the second will
+    with torch.cuda.graph(graph := torch.cuda.CUDAGraph()): logits = step()
+    return lambda: graph.replay() or logits
 
 
 def sample_tokens(logits, temperature: float):
@@ -382,42 +394,60 @@ def sample_tokens(logits, temperature: float):
     return tokens[:, 0], logps.gather(1, tokens)[:, 0]
 
 
-@torch.inference_mode()
-def generate(model, prompts: list[list[int]], n: int, max_new_tokens: int, temperature=1.0, eos_token_id=None) -> list:
-    """Sample n responses to every prompt.
+def prefill(model, prompts: list[list[int]], n: int, room: int):
+    """Run every prompt through the model once and repeat what comes out for its n rows, B = P · n.
 
-    Each prompt is prefilled once and its cache repeated for its n rows; rows that finished leave the batch.
+    Returns logits (B, V) of the first response token, a cache of Slabs, the mask (B, 1, 1, room) that is added to the
+    attention scores, prompt lengths (B,), and the slot (1,) where the next keys go: a tensor, as graphs need it.
+    Raises InputError for a model whose cache is not plain keys and values."""
+    ids, mask = pad(prompts, model.device, side="left")  # (P, L)
+    cache = DynamicCache(config=model.config)
+    logits = model(input_ids=ids, attention_mask=mask.long(), position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                   past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    refuse(not cache.layers or {type(layer) for layer in cache.layers} != {DynamicLayer},
+           f"a {model.config.model_type} model: sliding windows and recurrent layers cannot be sampled from")
+    slot = torch.tensor([ids.shape[1]], device=model.device)
+    cache = Cache(layers=[Slab(layer, n, room, slot) for layer in cache.layers])
+    seen = torch.nn.functional.pad(mask, (0, room - ids.shape[1]))  # neither padding nor slots of tokens to come
+    bias, repeat = torch.where(seen, 0.0, -math.inf).to(model.dtype), lambda x: x.repeat_interleave(n, 0)
+    return repeat(logits), cache, repeat(bias)[:, None, None], repeat(mask.sum(1)), slot
+
+
+@torch.inference_mode()
+def generate(model, prompts, n, max_new_tokens, temperature=1.0, eos_token_id=None, span=None) -> list:
+    """Sample n responses to every prompt. Each prompt is read once for all its n rows; rows that finished leave.
+
     Returns for each prompt n pairs (ids, logps): ids keep their end-of-sequence token when they stopped by
     themselves, and logps (nats) belong to the distribution at `temperature` that the ids were drawn from.
-    eos_token_id: an id, a list of ids, or None for no stopping.
+    eos_token_id: an id, a list of ids, or None for no stopping. span: attention's window on the cache opens by so many
+    slots at a time, and one CUDA graph serves for as long as neither it nor the rows change; 256 on CUDA, else 1.
     """
     if not prompts: return []
     device, stops = model.device, [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or []
-    stops = torch.tensor(stops, dtype=torch.long, device=device)
-    ids, mask = pad(prompts, device, side="left")  # (P, L)
-    cache = DynamicCache()
-    logits = model(input_ids=ids, attention_mask=mask.long(), position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-                   past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-    cache = Cache(layers=[Slab(layer, n, max_new_tokens) for layer in cache.layers])
-    logits, lengths = logits.repeat_interleave(n, 0), mask.sum(1).repeat_interleave(n)
-    # (B, 1, 1, L + T): padding before the prompt is never looked at
-    mask = torch.nn.functional.pad(mask.repeat_interleave(n, 0), (0, max_new_tokens), value=True)[:, None, None]
+    stops, span = torch.tensor(stops, dtype=torch.long, device=device), span or (256 if device.type == "cuda" else 1)
+    width, window = max(map(len, prompts)), 0
+    room = span * math.ceil((width + max_new_tokens) / span)
+    logits, cache, mask, lengths, slot = prefill(model, prompts, n, room)
     rows = torch.arange(len(lengths), device=device)  # which response each row of the shrinking batch belongs to
     running = torch.ones_like(rows, dtype=torch.bool)
     all_ids = torch.zeros(len(rows), max_new_tokens, dtype=torch.long, device=device)
-    all_logps = torch.zeros(len(rows), max_new_tokens, device=device)
+    all_logps = torch.zeros_like(all_ids, dtype=torch.float)
     for t in range(max_new_tokens):
         tokens, logps = sample_tokens(logits, temperature)
         all_ids[rows, t], all_logps[rows, t] = tokens, logps
         running &= ~torch.isin(tokens, stops)
         alive = int(running.sum())
         if alive == 0 or t == max_new_tokens - 1: break
-        if alive < 0.85 * len(rows):  # copying the cache costs about as much as the finished rows save
-            rows, tokens, lengths, mask = rows[running], tokens[running], lengths[running], mask[running]
-            for layer in cache.layers: layer.keys, layer.values = layer.keys[running], layer.values[running]
-            running = running[running]
-        logits = model(input_ids=tokens[:, None], attention_mask=mask[..., :ids.shape[1] + t + 1],
-                       position_ids=(lengths + t)[:, None], past_key_values=cache, use_cache=True).logits[:, -1]
+        mask[..., width + t], slot[:] = 0, width + t
+        shrinks = alive < 0.85 * len(rows)  # moving the cache costs about as much as the finished rows save
+        if shrinks or width + t >= window:
+            window, keep = span * (1 + (width + t) // span), (running if shrinks else running | True).nonzero()[:, 0]
+            for layer in cache.layers: layer.resize(keep, window)
+            rows, tokens, lengths, mask, running = rows[keep], tokens[keep], lengths[keep], mask[keep], running[keep]
+            inputs = dict(input_ids=tokens[:, None], position_ids=(lengths + t)[:, None], past_key_values=cache)
+            step = replayed(lambda: model(**inputs, attention_mask=mask[..., :window]).logits[:, -1], device)
+        inputs["input_ids"].copy_(tokens[:, None]), inputs["position_ids"].copy_((lengths + t)[:, None])
+        logits = step()
     return cut_responses(all_ids, all_logps, stops, n)
 
 
@@ -440,23 +470,36 @@ def pad(sequences: list[list], device, side: str = "right"):
 # §5 Log-probabilities
 
 
-def score(model, prompts, responses, temperature: float = 1.0, critic=None):
-    """One forward pass over prompt + response -> logps, entropy, values, mask, all (B, T), of the response's tokens.
+def read_head(head, states, targets, temperature: float):
+    """log p of each target and entropy of its distribution, both (N,), from hidden states (N, H)."""
+    log_p = (head(states).float() / temperature).log_softmax(-1)  # (N, V)
+    return log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
-    values[b, t] is what critic, if any, says before token t; it only reads the states and does not train them."""
+
+def score(model, prompts, responses, temperature: float = 1.0, critic=None):
+    """One forward pass over prompt + response -> logps, mask, entropy, values, all (B, T), of the response's tokens.
+
+    values[b, t] is what critic, if any, says before token t; it only reads the states and does not train them.
+    The logits of a real vocabulary would fill the memory: they exist for some tokens at a time, and the backward pass
+    computes them again."""
     ids, _ = pad([p + r for p, r in zip(prompts, responses)], model.device)  # (B, L)
     targets, mask = pad(responses, ids.device)  # (B, T)
-    predicts, _ = pad([[False] * (len(p) - 1) + [True] * len(r) + [False] for p, r in zip(prompts, responses)],
-                      ids.device)  # (B, L): the state before each response token
+    # The state before a token predicts it: the response's places (B, L), moved left by one.
+    places = pad([[False] * len(p) + [True] * len(r) for p, r in zip(prompts, responses)], ids.device)[0].roll(-1, 1)
+    head, blocks = model.get_output_embeddings(), [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"):
+        for block in blocks: block.training = True  # --recompute asks for this; the dropout inside stays off
         # Padding stands on the right, where causal attention never looks back at it: no attention mask is needed.
-        states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[predicts]  # (response tokens, H)
-        logits = model.get_output_embeddings()(states).float() / temperature  # (response tokens, V)
-    log_p = logits.log_softmax(-1)
+        states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[places]  # (response tokens, H)
+        for block in blocks: block.training = False
+        size = max(1, 2**26 // head.out_features)  # tokens at a time: 256 MB of logits
+        chunks = zip(states.split(size), targets[mask].split(size))
+        parts = [torch.utils.checkpoint.checkpoint(read_head, head, *chunk, temperature, use_reentrant=False)
+                 for chunk in chunks]
     unflatten = lambda x: x.new_zeros(mask.shape).masked_scatter(mask, x)
     values = unflatten(critic(states.detach().float())[:, 0]) if critic else None
-    logps, entropy = log_p.gather(1, targets[mask][:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
-    return unflatten(logps), unflatten(entropy), values, mask
+    logps, entropy = (unflatten(torch.cat(part)) for part in zip(*parts))
+    return logps, mask, entropy, values
 
 
 def token_logps(model, prompts: list[list[int]], responses: list[list[int]], temperature: float = 1.0):
@@ -465,8 +508,7 @@ def token_logps(model, prompts: list[list[int]], responses: list[list[int]], tem
     Returns logps (B, T) and mask (B, T), T the longest response; logps are 0 where the mask is False.
     `temperature` must be the one sampled at: another one scores another distribution.
     """
-    logps, _, _, mask = score(model, prompts, responses, temperature)
-    return logps, mask
+    return score(model, prompts, responses, temperature)[:2]
 
 
 # =====================================================================================================================
@@ -482,8 +524,7 @@ def group_advantages(rewards, follow: str = "code"):
     """
     advantages = rewards - rewards.mean(1, keepdim=True)
     if follow == "paper": advantages = advantages / (rewards.std(1, keepdim=True) + 1e-6)
-    equal = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
-    return advantages.masked_fill(equal, 0.0)
+    return advantages.masked_fill(rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True), 0.0)
 
 
 def gae(values, rewards, mask, lam: float = 0.95):
@@ -534,7 +575,7 @@ class Sample:
     source: str = "student"  # student, hint, or a teacher's name
     off_policy: bool = False
     advantages: list[float] = field(default_factory=list)  # one a token
-    weight: float = 0.0      # 1 / normaliser of the whole update
+    weights: list[float] = field(default_factory=list)  # one a token: 1 / normaliser of the whole update
     values: list[float] = field(default_factory=list)  # --advantage gae: the value head's, one a token
 
 
@@ -548,21 +589,25 @@ class Student:
     critic: torch.nn.Linear  # value head on the last hidden state, for --advantage gae
     eos: list[int]           # the first one ends a teacher's trace, any of them ends a rollout
     cfg: Config
+    sampled: int = 0         # tokens sampled in this step, guidance included
 
 
 def rollout(student: Student, problems: list[Problem], messages: list[str]) -> list[list[Sample]]:
     """G verified rollouts of each message, a group a problem; they train on the prompt they were sampled with."""
-    cfg, prompts = student.cfg, [encode_prompt(student.tokenizer, message) for message in messages]
-    groups = generate(student.sampler, prompts, cfg.group_size, cfg.max_new_tokens, cfg.temperature, student.eos)
-    return [[judge(student, problem, prompt, ids, logps) for ids, logps in group]
-            for problem, prompt, group in zip(problems, prompts, groups)]
+    cfg, groups = student.cfg, []
+    prompts = [encode_prompt(student.tokenizer, message, cfg.system) for message in messages]
+    size = max(1, cfg.cache_tokens // cfg.group_size // (max(map(len, prompts), default=0) + cfg.max_new_tokens))
+    for i in range(0, len(prompts), size):
+        groups += generate(student.sampler, prompts[i:i + size], cfg.group_size, cfg.max_new_tokens, cfg.temperature,
+                           student.eos)
+    student.sampled += sum(len(ids) for group in groups for ids, _ in group)
+    return [[judge(student, p, prompt, *pair) for pair in group] for p, prompt, group in zip(problems, prompts, groups)]
 
 
 def judge(student: Student, problem: Problem, prompt, ids, logps) -> Sample:
     """Verify one rollout. The reward is 0.9 for a right answer + 0.1 for giving one at all, as in official AMPO."""
-    text, w = student.tokenizer.decode(ids, skip_special_tokens=True), student.cfg.format_weight
-    correct = verify(text, problem.answer)
-    return Sample(prompt, ids, logps, text, correct, (1 - w) * correct + w * (extract_answer(text) is not None))
+    correct = verify(text := student.tokenizer.decode(ids, skip_special_tokens=True), problem.answer)
+    return Sample(prompt, ids, logps, text, correct, 0.9 * correct + 0.1 * (extract_answer(text) is not None))
 
 
 def needs_guidance(group: list[Sample], trigger: str = "fail") -> bool:
@@ -572,11 +617,10 @@ def needs_guidance(group: list[Sample], trigger: str = "fail") -> bool:
 
 
 def teacher_samples(student: Student, problem: Problem) -> list[Sample]:
-    """The problem's traces as samples, in the order of --teachers or of the file. π_φ is taken as 1, so old_logps = 0.
-    Their reward is forced to 1 (AMPO v1; v2 verifies it). Traces longer than the student may write are left out."""
-    samples, prompt = [], encode_prompt(student.tokenizer, problem.question)
-    for name in student.cfg.teachers.split(",") if student.cfg.teachers else problem.teachers:
-        text = problem.teachers.get(name, "")
+    """The problem's traces as samples, in the order of the file. π_φ is taken as 1, so old_logps = 0. Their reward is
+    forced to 1 (AMPO v1; v2 verifies it). Traces longer than the student may write are left out."""
+    samples, prompt = [], encode_prompt(student.tokenizer, problem.question, student.cfg.system)
+    for name, text in problem.teachers.items():
         ids = student.tokenizer(text, add_special_tokens=False).input_ids + student.eos[:1]
         right = student.cfg.trigger != "half" or verify(text, problem.answer)
         if text and len(ids) <= student.cfg.max_new_tokens:
@@ -585,7 +629,7 @@ def teacher_samples(student: Student, problem: Problem) -> list[Sample]:
 
 
 @torch.no_grad()
-def comprehension(model, tokenizer, problem: Problem, traces: list[str], follow: str = "code") -> list[float]:
+def comprehension(model, tokenizer, problem: Problem, traces: list[str], follow="code", system="") -> list[float]:
     """How well the student understands each trace: the probability r_p of the gold answer after it (AMPO Eq. 5).
 
     A trace is cut where its final answer starts, the gold answer is put there, and only its tokens are scored.
@@ -594,32 +638,27 @@ def comprehension(model, tokenizer, problem: Problem, traces: list[str], follow:
     Returns a number in [0, 1] for each trace; a trace without an answer mark scores 0.
     """
     encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids
-    prompt, prompts, answers, marked = encode_prompt(tokenizer, problem.question), [], [], []
-    for trace in traces:
-        cuts = [mark.end() for mark in re.finditer(r"\\boxed\{|<answer>", trace)]
-        before = trace[:cuts[-1]] if cuts else ""
-        ids = encode(before + problem.answer)
-        # A token may span mark and answer, as "{\" does: the answer begins with the first token that differs.
-        start = len(os.path.commonprefix([ids, encode(before)]))
-        prompts.append(prompt + ids[:start])
-        answers.append(ids[start:])
-        marked.append(bool(cuts))
-    logps, mask = token_logps(model, prompts, answers)
+    prompt = encode_prompt(tokenizer, problem.question, system)
+    cut = [(re.match(r".*(?:\\boxed\{|<answer>)", trace, re.DOTALL) or [""])[0] for trace in traces]
+    ids = [encode(before + problem.answer) for before in cut]
+    # A token may span mark and answer, as "{\" does: the answer begins with the first token that differs.
+    starts = [len(os.path.commonprefix([encode(before), whole])) for before, whole in zip(cut, ids)]
+    pairs = [(prompt + whole[:start], whole[start:]) for whole, start in zip(ids, starts)]
+    logps, mask = token_logps(model, *zip(*pairs))
     mean = lambda x: (x * mask).sum(1) / mask.sum(1)
     scores = mean(logps).exp() if follow == "paper" else mean(logps.exp())
-    return (scores * torch.tensor(marked, device=scores.device)).tolist()
+    return [score * bool(before) for score, before in zip(scores.tolist(), cut)]
 
 
 def choose_traces(student: Student, problem: Problem, k: int) -> list[Sample]:
     """The k traces to learn from: those that the student comprehends best, ties to the shorter one."""
     cfg, traces = student.cfg, teacher_samples(student, problem)
-    if cfg.select == "comprehension" and traces:
-        r = comprehension(student.sampler, student.tokenizer, problem, [t.text for t in traces], cfg.follow)
-        # The official code ranks by 0.9·r_p + 0.1·format in bfloat16, whose coarse steps make ties.
-        if cfg.follow == "code": r = (0.9 * torch.tensor(r) + 0.1).bfloat16().tolist()
-    key = {"comprehension": lambda i: (-r[i], len(traces[i].ids)), "random": lambda i: torch.rand(()).item(),
-           "shortest": lambda i: len(traces[i].ids), "longest": lambda i: -len(traces[i].ids)}[cfg.select]
-    return [traces[i] for i in sorted(range(len(traces)), key=key)[:k]]
+    texts = [trace.text for trace in traces]
+    r = comprehension(student.sampler, student.tokenizer, problem, texts, cfg.follow, cfg.system) if texts else []
+    # The official code ranks by 0.9·r_p + 0.1·format in bfloat16, whose coarse steps make ties.
+    if cfg.follow == "code": r = (0.9 * torch.tensor(r) + 0.1).bfloat16().tolist()
+    best = sorted(range(len(traces)), key=lambda i: (-r[i], len(traces[i].ids)))
+    return [traces[i] for i in best[:k]]
 
 
 def swap_in(traces: list[Sample], group: list[Sample]) -> list[Sample]:
@@ -636,13 +675,11 @@ def guide_grpo(student, problems, groups):
 
 def guide_luffy(student, problems, groups):
     """LUFFY: one teacher's trace takes slot 0 of every group, failed or not."""
-    traces = [teacher_samples(student, problem)[:1] for problem in problems]
-    return [trace + group[len(trace):] for trace, group in zip(traces, groups)]
+    return [(trace := teacher_samples(student, p)[:1]) + group[len(trace):] for p, group in zip(problems, groups)]
 
 
 def guide_ampo(student, problems, groups):
     """AMPO: in a failed group the k traces that the student comprehends best replace k random failures."""
-    groups = list(groups)
     for i, group in enumerate(groups):
         if needs_guidance(group, student.cfg.trigger):
             k = len(group) // 2 - sum(s.correct for s in group) if student.cfg.trigger == "half" else student.cfg.k
@@ -660,7 +697,6 @@ def guide_guide(student, problems, groups):
     """Guide: rollouts of a failed group's hinted message train the plain prompt. Their old_logps are the sampler's
     under the hint, so that their ratio is π(·|q) / π_old(·|q, hint). They replace the group (code) or join it (paper).
     """
-    groups = list(groups)
     for i, hinted in retry(student, problems, groups, lambda p: p.hint, student.cfg.trigger).items():
         hinted = [replace(s, prompt=groups[i][0].prompt, off_policy=True, source="hint") for s in hinted]
         groups[i] = hinted if student.cfg.follow == "code" else groups[i] + hinted
@@ -673,7 +709,6 @@ LEAD = "\n The following text is the beginning part of the answer, which you can
 def guide_ghpo(student, problems, groups):
     """GHPO: show more and more of the solution until a fresh group has a success, and train that group on the prompt
     it was sampled with. (The official code rebuilds the prompts of groups rescued earlier: a bug, not copied.)"""
-    groups = list(groups)
     for omega in (0.25, 0.5, 0.75):
         begun = lambda p: p.solution and p.question + LEAD + p.solution[:round(len(p.solution) * omega)]
         for i, hinted in retry(student, problems, groups, begun).items():
@@ -700,38 +735,41 @@ class Method:
 
 
 METHODS = {
-    "grpo": Method(guide_grpo),
-    "ampo": Method(guide_ampo, "teachers"),
-    "luffy": Method(guide_luffy, "teachers", clipped=False),
+    "grpo": Method(guide_grpo), "ampo": Method(guide_ampo, "teachers"),
+    "luffy": Method(guide_luffy, "teachers", clipped=False), "ghpo": Method(guide_ghpo, "solution"),
     "guide": Method(guide_guide, "hint", measured_gamma=True),
-    "ghpo": Method(guide_ghpo, "solution"),
     "sft": Method(guide_sft, "teachers", rollouts=False, advantages=lambda rewards, follow: torch.ones_like(rewards),
-                  objective=lambda logps, *_: logps),
-}
+                  objective=lambda logps, *_: logps)}
 
 
 # =====================================================================================================================
 # §8 The loop
 
 
+def gather(value) -> list:
+    """The value of every process under torchrun, in the order of ranks; alone, just this one's."""
+    if not dist.is_initialized(): return [value]
+    dist.all_gather_object(values := [None] * dist.get_world_size(), value)
+    return values
+
+
+@torch.no_grad()
 def set_advantages(student: Student, groups: list[list[Sample]]):
     """One advantage a token: the response's over its group, or the value head's GAE."""
+    cfg, method = student.cfg, METHODS[student.cfg.method]
     for group in filter(None, groups):
-        rewards = torch.tensor([[sample.reward for sample in group]])  # (1, G)
-        advantages = METHODS[student.cfg.method].advantages(rewards, student.cfg.follow)[0].tolist()
+        advantages = method.advantages(torch.tensor([[sample.reward for sample in group]]), cfg.follow)[0].tolist()
         for sample, advantage in zip(group, advantages): sample.advantages = [advantage] * len(sample.ids)
-    for batch in micro_batches(sum(groups, []), student.cfg.micro_tokens) if student.cfg.advantage == "gae" else []:
-        with torch.no_grad():
-            _, _, values, mask = score_samples(student, batch)
-        advantages = gae(values, torch.tensor([s.reward for s in batch], device=values.device), mask, student.cfg.lam)
-        for sample, a, v in zip(batch, advantages.tolist(), values.tolist()):
-            sample.advantages, sample.values = a[:len(sample.ids)], v[:len(sample.ids)]
+    for batch in micro_batches(sum(groups, []), cfg.micro_tokens) if cfg.advantage == "gae" else []:
+        _, mask, _, values = score_samples(student, batch)
+        advantages = gae(values, torch.tensor([s.reward for s in batch], device=values.device), mask, cfg.lam)
+        for s, a, v in zip(batch, advantages.tolist(), values.tolist()):
+            s.advantages, s.values = a[:len(s.ids)], v[:len(s.ids)]
 
 
 def value_loss(values, old_values, advantages, clip: float):
     """Squared error of the value head against GAE's returns, not better than what the clip allows; all (B, T)."""
-    returns = old_values + advantages
-    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    returns, clipped = old_values + advantages, old_values + (values - old_values).clamp(-clip, clip)
     return torch.max((values - returns) ** 2, (clipped - returns) ** 2) / 2
 
 
@@ -741,10 +779,11 @@ def set_weights(samples: list[Sample], cfg: Config):
     code:   1 / (sequences · longest response allowed), on- and off-policy alike
     paper:  off-policy a mean over responses of their means, on-policy a mean over all tokens (AMPO Eq. 7)
     """
-    off, on_tokens = sum(s.off_policy for s in samples), sum(len(s.ids) for s in samples if not s.off_policy)
+    own = len(samples), sum(s.off_policy for s in samples), sum(len(s.ids) for s in samples if not s.off_policy)
+    count, off, on_tokens = map(sum, zip(*gather(own)))  # of all processes
     for s in samples:
         paper = off * len(s.ids) if s.off_policy else on_tokens
-        s.weight = 1 / (len(samples) * cfg.max_new_tokens if cfg.follow == "code" else paper)
+        s.weights = [1 / (count * cfg.max_new_tokens if cfg.follow == "code" else paper)] * len(s.ids)
 
 
 def micro_batches(samples: list[Sample], budget: int) -> list[list[Sample]]:
@@ -762,20 +801,21 @@ def score_samples(student: Student, batch: list[Sample]):
     return score(student.model, [s.prompt for s in batch], [s.ids for s in batch], student.cfg.temperature, critic)
 
 
-def column(name: str, batch: list[Sample], device):
-    """One per-token field of all samples as a padded tensor (B, T)."""
-    return pad([getattr(sample, name) for sample in batch], device)[0]
+def columns(student: Student, batch: list[Sample], names: str) -> list:
+    """Per-token fields of all samples, each as a padded tensor (B, T)."""
+    return [pad([getattr(sample, name) for sample in batch], student.model.device)[0] for name in names.split()]
 
 
 @torch.no_grad()
 def guided_gamma(student: Student, samples: list[Sample]) -> float:
     """Guide's γ: the 90th percentile of the guided tokens' ratio in this update, at least 1e-4. Over response tokens
     only: the official code forgets the mask and takes in the padding, whose ratio is 1."""
-    ratios = []
+    ratios = [torch.zeros(0)]
     for batch in micro_batches([s for s in samples if s.off_policy], student.cfg.micro_tokens):
-        logps, _, _, mask = score_samples(student, batch)
-        ratios.append((logps - column("old_logps", batch, logps.device))[mask].exp())
-    return max(1e-4, torch.cat(ratios).quantile(0.9).item()) if ratios else student.cfg.gamma
+        logps, mask, _, _ = score_samples(student, batch)
+        ratios.append((logps - columns(student, batch, "old_logps")[0])[mask].exp().cpu())
+    ratios = torch.cat(gather(torch.cat(ratios)))
+    return max(1e-4, ratios.quantile(0.9).item()) if len(ratios) else student.cfg.gamma
 
 
 def update(student: Student, optimizer, samples: list[Sample]) -> dict:
@@ -790,19 +830,21 @@ def update(student: Student, optimizer, samples: list[Sample]) -> dict:
     clip, entropy_coef = cfg.clip if method.clipped else math.inf, cfg.entropy_coef if method.rollouts else 0
     stats = {"grad_norm": 0.0, "tokens": 0, "clipped": 0, "gap": 0.0}
     for batch in micro_batches(samples, cfg.micro_tokens):
-        logps, entropy, values, mask = score_samples(student, batch)  # (B, T)
-        old_logps, advantages = column("old_logps", batch, device), column("advantages", batch, device)  # (B, T)
+        logps, mask, entropy, values = score_samples(student, batch)  # (B, T)
+        old_logps, advantages, weights, old_values = columns(student, batch, "old_logps advantages weights values")
         off_policy = torch.tensor([s.off_policy for s in batch], device=device)  # (B,)
-        weight = torch.tensor([s.weight for s in batch], device=device)[:, None] * mask
         objective = method.objective(logps, old_logps, advantages, off_policy, clip, gamma)
-        loss = 0 if values is None else value_loss(values, column("values", batch, device), advantages, cfg.clip)
-        (weight * (loss - objective - entropy_coef * entropy)).sum().backward()
+        loss = 0 if values is None else value_loss(values, old_values, advantages, cfg.clip)
+        (weights * (loss - objective - entropy_coef * entropy)).sum().backward()
         log_ratio = (logps.detach() - old_logps)[mask & ~off_policy[:, None]]
         stats["tokens"] += log_ratio.numel()
         stats["clipped"] += (log_ratio.exp() - 1).abs().gt(cfg.clip).sum().item()
         stats["gap"] += log_ratio.abs().sum().item()
-    if samples:
-        stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(student.model.parameters(), cfg.max_grad_norm).item()
+    if sum(gather(len(samples))):
+        for weight in optimizer.param_groups[0]["params"] if dist.is_initialized() else []:  # all processes' gradients
+            if weight.grad is None: weight.grad = torch.zeros_like(weight)
+            dist.all_reduce(weight.grad)
+        stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(student.model.parameters(), 1.0).item()
         if math.isfinite(stats["grad_norm"]): optimizer.step()
         else: stats["grad_norm"] = tqdm.write("a gradient is not finite: this update is skipped")  # None
         optimizer.zero_grad()
@@ -814,18 +856,16 @@ def update(student: Student, optimizer, samples: list[Sample]) -> dict:
 def load_student(path: str, cfg: Config) -> Student:
     """A causal language model with its tokenizer, from a folder or the hub, on the best device there is."""
     logging.disable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    except Exception as error:  # transformers raises many kinds here
-        raise InputError(f"{path}: no model can be loaded from it ({str(error).strip().splitlines()[0]})")
+    tokenizer = attempt(f"{path}: no tokenizer in it", AutoTokenizer.from_pretrained, path)
+    model = attempt(f"{path}: no model in it", AutoModelForCausalLM.from_pretrained, path, dtype=torch.float32)
+    refuse(not tokenizer.chat_template, f"{path}: its tokenizer has no chat template")
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     model = model.to(device).eval()  # eval: dropout would take the first ratio away from 1
+    for weight in model.parameters(): weight.data = weight.data.clone()  # a mapped file's alignment changes rounding
+    if cfg.recompute: model.gradient_checkpointing_enable({"use_reentrant": False})
     sampler = copy.deepcopy(model).bfloat16() if device == "cuda" else model
-    stops = model.generation_config.eos_token_id
-    stops = [tokenizer.eos_token_id] + (stops if isinstance(stops, list) else [stops])
-    critic = torch.nn.Linear(model.config.hidden_size, 1).to(device)
-    torch.nn.init.zeros_(critic.weight), torch.nn.init.zeros_(critic.bias)
+    stops = [tokenizer.eos_token_id] + torch.tensor(model.generation_config.eos_token_id or []).reshape(-1).tolist()
+    for weight in (critic := torch.nn.Linear(model.config.hidden_size, 1).to(device)).parameters(): weight.data.zero_()
     return Student(model, sampler, tokenizer, critic, [s for s in dict.fromkeys(stops) if s is not None], cfg)
 
 
@@ -840,35 +880,35 @@ def batch_indices(total: int, step: int, cfg: Config) -> list[int]:
 
 def train_step(student: Student, optimizer, problems: list[Problem], step: int) -> dict:
     """problems -> rollouts -> verdicts -> guidance -> advantages -> updates. Returns the step's metrics."""
-    cfg, method, clock = student.cfg, METHODS[student.cfg.method], [time.perf_counter()]
+    cfg, method, clock, student.sampled = student.cfg, METHODS[student.cfg.method], [time.perf_counter()], 0
     plain = rollout(student, problems, [p.question for p in problems]) if method.rollouts else [[] for _ in problems]
     clock.append(time.perf_counter())
-    groups = method.guide(student, problems, plain) if step >= cfg.cold_start else plain
+    groups = method.guide(student, problems, list(plain)) if step >= cfg.cold_start else plain
     clock.append(time.perf_counter())
     set_advantages(student, groups)
     size = math.ceil(len(groups) / cfg.updates)
     stats = [update(student, optimizer, sum(groups[i:i + size], [])) for i in range(0, len(groups), size)]
+    refuse(stats[0]["gap"] > 0.5 * stats[0]["tokens"], "generate and token_logps disagree: unknown cache or head")
     clock.append(time.perf_counter())
     seconds = {name: b - a for name, a, b in zip(("rollout_s", "guide_s", "update_s"), clock, clock[1:])}
-    return {"step": step} | measure(plain, groups, stats, sum(seconds.values())) | seconds
+    plain, groups, stats, tokens = (sum(parts, []) for parts in zip(*gather((plain, groups, stats, [student.sampled]))))
+    return {"step": step} | measure(plain, groups, stats) | seconds | {
+        "tokens": sum(tokens), "tokens_per_s": round(sum(tokens) / sum(seconds.values()))}
 
 
-def measure(plain: list[list[Sample]], groups: list[list[Sample]], stats: list[dict], seconds: float) -> dict:
+def measure(plain: list[list[Sample]], groups: list[list[Sample]], stats: list[dict]) -> dict:
     """Metrics of a step. Reward, failures, entropy and length are those of the student's plain rollouts, so that curves
     compare across methods. The entropy is the mean of -log p over sampled tokens: unbiased, and free."""
     mean = lambda values: sum(values) / len(values) if values else None
     own, norms = sum(plain, []), [s["grad_norm"] for s in stats]
-    sources = [s.source for group in groups for s in group if s.source not in ("student", "hint")]
+    sources = [s.source for s in sum(groups, []) if s.source not in ("student", "hint")]
     failed = [needs_guidance(group) for group in plain if group]
-    return {
-        "reward": mean([s.reward for s in own]), "fail_rate": mean(failed),
-        "rescued": mean([f and not needs_guidance(group) for f, group in zip(failed, groups)]),
-        "entropy": mean([-p for s in own for p in s.old_logps]), "response_length": mean([len(s.ids) for s in own]),
-        "grad_norm": None if None in norms else mean(norms), "teachers": dict(Counter(sources)),
-        "clip_fraction": sum(s["clipped"] for s in stats) / max(1, sum(s["tokens"] for s in stats)),
-        "logp_gap": stats[0]["gap"] / max(1, stats[0]["tokens"]),  # sampler against trainer, before any update
-        "tokens": sum(len(s.ids) for s in own), "tokens_per_s": round(sum(len(s.ids) for s in own) / seconds),
-    }
+    return {"reward": mean([s.reward for s in own]), "fail_rate": mean(failed),
+            "rescued": mean([f and not needs_guidance(group) for f, group in zip(failed, groups)]),
+            "entropy": mean([-p for s in own for p in s.old_logps]), "response_length": mean([len(s.ids) for s in own]),
+            "grad_norm": None if None in norms else mean(norms), "teachers": dict(Counter(sources)),
+            "clip_fraction": sum(s["clipped"] for s in stats) / max(1, sum(s["tokens"] for s in stats)),
+            "logp_gap": stats[0]["gap"] / max(1, stats[0]["tokens"])}  # sampler against trainer, before any update
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -884,13 +924,10 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 def evaluate(student: Student, problems: list[Problem], samples: int, temperature: float):
     """-> ({"pass@1", "pass@2", "pass@4" ... "pass@samples", "n" problems, mean "length" in tokens}, the groups).
 
-    Draws random numbers of its own, so that training goes on as if there had been no evaluation."""
+    Seeded by itself, as each training step is: it neither depends on when it comes nor changes what comes after."""
     student = replace(student, cfg=replace(student.cfg, group_size=samples, temperature=temperature))
-    size = max(1, 1024 // samples)  # problems at once: bounds the KV cache
-    with torch.random.fork_rng():
-        torch.manual_seed(student.cfg.seed)
-        parts = (problems[i:i + size] for i in range(0, len(problems), size))
-        groups = [group for part in parts for group in rollout(student, part, [p.question for p in part])]
+    torch.manual_seed(student.cfg.seed)
+    groups = rollout(student, problems, [problem.question for problem in problems])
     right = [sum(sample.correct for sample in group) for group in groups]
     ks = [2**i for i in range(samples.bit_length()) if 2**i < samples] + [samples]
     scores = {f"pass@{k}": sum(pass_at_k(samples, c, k) for c in right) / len(right) for k in ks}
@@ -900,114 +937,101 @@ def evaluate(student: Student, problems: list[Problem], samples: int, temperatur
 
 def report(student: Student, sets: dict[str, list[Problem]], out: Path):
     """Base against trained model on every evaluation set, and two rollouts each of the problem that gained most."""
-    cfg, base, results, examples = student.cfg, load_student(student.cfg.model, student.cfg), {}, []
+    cfg, base, examples = student.cfg, load_student(student.cfg.model, student.cfg), []
     ks = [f"pass@{k}" for k in sorted({1, min(8, cfg.samples), cfg.samples})]
     print(f"\n{'base -> trained, in %':22}" + "".join(f"{k:>18}" for k in ks))
     for name, problems in sets.items():
-        scores, groups = zip(*(evaluate(who, problems, cfg.samples, cfg.eval_temperature) for who in (base, student)))
-        results[name] = dict(zip(("base", "trained"), scores))
-        print(f"{name:22}" + "".join(f"{100 * scores[0][k]:7.1f} -> {100 * scores[1][k]:5.1f}".rjust(18) for k in ks))
-        examples += zip(problems, *groups)
-    (out / "results.json").write_text(json.dumps(results, indent=1))
-    problem, *groups = max(examples, key=lambda row: sum(s.correct for s in row[2]) - sum(s.correct for s in row[1]))
+        (was, before), (now, after) = (evaluate(who, problems, cfg.samples, 0.6) for who in (base, student))
+        print(f"{name:22}" + "".join(f"{100 * was[k]:7.1f} -> {100 * now[k]:5.1f}".rjust(18) for k in ks))
+        examples += zip(problems, before, after)
+    problem, before, after = max(examples, key=lambda e: sum(s.correct for s in e[2]) - sum(s.correct for s in e[1]))
     print(f"\nProblem: {problem.question}   (answer {problem.answer})")
-    for name, sample in [(name, s) for name, group in zip(("base", "trained"), groups) for s in group[:2]]:
+    for name, sample in zip(("base", "base", "trained", "trained"), before[:2] + after[:2]):
         print(f"--- {name}, {'right' if sample.correct else 'wrong'}:\n{sample.text.strip()}")
-    chosen = sum((Counter(json.loads(line)["teachers"]) for line in open(out / "metrics.jsonl")), Counter())
-    print("teachers chosen: " + (", ".join(f"{name} {times}" for name, times in chosen.most_common()) or "none"))
+    rows = map(json.loads, open(out / "metrics.jsonl"))
+    print("teachers chosen:", dict(sum((Counter(row["teachers"]) for row in rows), Counter()).most_common()) or "none")
 
 
 def save_checkpoint(student: Student, optimizer, step: int, out: Path):
     """model/ loads with from_pretrained, and holds run.json and state.pt to resume from. It is written under another
     name and then swapped in, so that a kill at any moment leaves one whole checkpoint: model/, or model.old/."""
-    new, old, model = out / "model.new", out / "model.old", out / "model"
+    new, old, model, metrics = out / "model.new", out / "model.old", out / "model", out / "metrics.jsonl"
     shutil.rmtree(new, ignore_errors=True)
-    student.model.save_pretrained(new)
-    student.tokenizer.save_pretrained(new)
-    torch.save({"optimizer": optimizer.state_dict(), "critic": student.critic.state_dict(),
-                "rng": torch.get_rng_state()}, new / "state.pt")
-    run = {"step": step, "metrics_bytes": (out / "metrics.jsonl").stat().st_size, "config": asdict(student.cfg)}
-    (new / "run.json").write_text(json.dumps(run, indent=1))
-    if model.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        model.rename(old)
-    new.rename(model)
-    shutil.rmtree(old, ignore_errors=True)
+    for part in (student.model, student.tokenizer): part.save_pretrained(new)
+    torch.save({"optimizer": optimizer.state_dict(), "critic": student.critic.state_dict(), "step": step,
+                "metrics_bytes": metrics.stat().st_size}, new / "state.pt")
+    (new / "run.json").write_text(json.dumps(asdict(student.cfg), indent=1))
+    if model.exists(): shutil.rmtree(old, ignore_errors=True), model.rename(old)
+    new.rename(model), shutil.rmtree(old, ignore_errors=True)
 
 
 def restore(student: Student, optimizer, checkpoint: Path, metrics_file: Path) -> int:
-    """Put optimizer, value head and random numbers back as they were, and forget the metrics of later steps; returns
-    the number of steps done."""
-    run = json.loads((checkpoint / "run.json").read_text())
-    state = torch.load(checkpoint / "state.pt", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"])
-    student.critic.load_state_dict(state["critic"])
-    torch.set_rng_state(state["rng"])
-    os.truncate(metrics_file, run["metrics_bytes"])
-    return run["step"]
+    """Put optimizer and value head back as they were, and forget the metrics of later steps; returns the number of
+    steps done. Random numbers need no saving: each step seeds its own."""
+    state = attempt(f"{checkpoint}/state.pt: damaged", torch.load, checkpoint / "state.pt", weights_only=True)
+    optimizer.load_state_dict(state["optimizer"]), student.critic.load_state_dict(state["critic"])
+    os.truncate(metrics_file, state["metrics_bytes"])
+    return state["step"]
 
 
 def open_run(cfg: Config, given: dict) -> tuple[Config, Path | None]:
     """Settle the run's folder and find the checkpoint to go on from. A new run's folder must be empty; --resume takes
     the flags the run began with, changed by those given now."""
     out = Path(cfg.out or f"runs/{cfg.method}-{cfg.seed}")
-    taken = out.is_file() or (out.is_dir() and any(out.iterdir()))
-    refuse(taken and not cfg.resume, f"--out {out}: is taken; --resume continues a run, another --out starts a new one")
+    refuse(not cfg.resume and any(out.glob("*")), f"--out {out}: is taken; --resume goes on, another --out starts anew")
     refuse(cfg.resume and not (out / "metrics.jsonl").exists(), f"--resume: {out} holds no run to continue")
-    checkpoints = [out / name for name in ("model", "model.old") if cfg.resume and (out / name / "run.json").exists()]
-    saved = json.loads((checkpoints[0] / "run.json").read_text())["config"] if checkpoints else asdict(cfg)
-    return Config(**saved | given | {"out": str(out)}), checkpoints[0] if checkpoints else None
+    saved = [out / name for name in ("model", "model.old") if cfg.resume and (out / name / "run.json").exists()]
+    flags = attempt(f"{saved[0]}/run.json: damaged", json.loads, (saved[0] / "run.json").read_text()) if saved else {}
+    return Config(**(flags or asdict(cfg)) | given | {"out": str(out)}), saved[0] if saved else None
 
 
-def load_inputs(cfg: Config):
+def load_inputs(student: Student):
     """-> training problems, validation problems, evaluation sets {name: problems}."""
-    problems, beside, needs = load_problems(cfg.data), Path(cfg.data).parent, METHODS[cfg.method].needs
-    refuse(needs and not any(getattr(problem, needs) for problem in problems),
-           f"{cfg.data}: --method {cfg.method} needs the field '{needs}', and no line has it")
-    names = {name for problem in problems for name in problem.teachers}
-    refuse(not set(cfg.teachers.split(",")) <= names | {""}, f"--teachers {cfg.teachers}: known are {sorted(names)}")
-    paths = cfg.eval_data.split(",") if cfg.eval_data else [*beside.glob("test.jsonl"), *sorted(beside.glob("ood_*"))]
-    sets = {Path(path).stem: load_problems(path) for path in [*beside.glob("valid.jsonl"), *paths] if cfg.eval_every}
+    cfg, beside, needs = student.cfg, Path(student.cfg.data).parent, METHODS[student.cfg.method].needs
+    problems = load_checked(student, cfg.data)
+    refuse(needs and not any(getattr(p, needs) for p in problems), f"{cfg.data}: no line has the field '{needs}'")
+    paths = [*beside.glob("valid.jsonl"), *beside.glob("test.jsonl"), *sorted(beside.glob("ood_*"))]
+    sets = {path.stem: load_checked(student, path) for path in paths if cfg.eval_every}
     return problems, sets.pop("valid", []), sets
 
 
-def check_lengths(student: Student, problems: list[Problem]):
-    """Refuse a question that leaves no room for a response in the model's context."""
-    context = getattr(student.model.config, "max_position_embeddings", math.inf)
-    for problem in problems:
-        size = len(encode_prompt(student.tokenizer, problem.question)) + student.cfg.max_new_tokens
-        refuse(size > context, f"{problem.where}: field 'question': {size} tokens with --max_new_tokens, not {context}")
+def load_checked(student: Student, path) -> list[Problem]:
+    """load_problems, which refuses a question that leaves no room for a response in the model's context."""
+    cfg, context = student.cfg, getattr(student.model.config, "max_position_embeddings", math.inf)
+    for p in (problems := load_problems(path)):
+        size = len(encode_prompt(student.tokenizer, p.question, cfg.system)) + cfg.max_new_tokens
+        refuse(size > context, f"{p.where}: field 'question': {size} tokens with --max_new_tokens, not {context}")
+    return problems
 
 
 def train(cfg: Config, checkpoint: Path | None = None) -> int:
     """The whole run: training steps, metrics.jsonl, checkpoints and the closing table. Returns the exit status."""
-    problems, valid, sets = load_inputs(cfg)
-    out, metrics_file = Path(cfg.out), Path(cfg.out) / "metrics.jsonl"
+    out, metrics_file, ranks = Path(cfg.out), Path(cfg.out) / "metrics.jsonl", len(gather(0))
+    rank = dist.get_rank() if ranks > 1 else 0  # the processes share a step's problems; the first one logs and saves
+    refuse(cfg.prompts_per_step % ranks, f"--prompts_per_step {cfg.prompts_per_step}: no multiple of {ranks} processes")
     student = load_student(str(checkpoint or cfg.model), cfg)
-    check_lengths(student, sum(sets.values(), problems + valid))
-    torch.manual_seed(cfg.seed)
-    optimizer = torch.optim.AdamW([*student.model.parameters(), *student.critic.parameters()], cfg.lr, fused=True,
-                                  weight_decay=cfg.weight_decay)
-    out.mkdir(parents=True, exist_ok=True)
-    metrics_file.open("a" if checkpoint else "w").close()
+    problems, valid, sets = load_inputs(student)
+    weights = [*student.model.parameters(), *student.critic.parameters()]
+    optimizer = torch.optim.AdamW(weights, cfg.lr, weight_decay=0.1, fused=True)
+    out.mkdir(parents=True, exist_ok=True), metrics_file.open("a" if checkpoint else "w").close()
     done = restore(student, optimizer, checkpoint, metrics_file) if checkpoint else 0
     stop = []  # the first Ctrl-C lets the step finish, so that what is saved is whole; the second one ends at once
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(True))
-    bar = tqdm(range(done, cfg.steps), initial=done, total=cfg.steps, desc=cfg.method)
+    bar = tqdm(range(done, cfg.steps), initial=done, total=cfg.steps, desc=cfg.method, disable=rank > 0)
     for step in bar:
-        metrics = train_step(student, optimizer, [problems[i] for i in batch_indices(len(problems), step, cfg)], step)
+        torch.manual_seed(hash((cfg.seed, step, rank)))  # a function of the step alone: nothing to save for --resume
+        batch = [problems[i] for i in batch_indices(len(problems), step, cfg)][rank::ranks]
+        metrics = train_step(student, optimizer, batch, step)
         if valid and (step + 1) % cfg.eval_every == 0:
-            metrics["valid"] = evaluate(student, valid, cfg.group_size, cfg.eval_temperature)[0]["pass@1"]
+            metrics["valid"] = evaluate(student, valid, cfg.group_size, 0.6)[0]["pass@1"]
+        if rank > 0: continue
         with open(metrics_file, "a") as file: file.write(json.dumps(metrics) + "\n")
         bar.set_postfix({name: metrics[name] for name in ("reward", "fail_rate", "rescued", "entropy", "tokens_per_s")})
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or stop:
-            save_checkpoint(student, optimizer, step + 1, out)
-        if stop:
-            tqdm.write(f"stopped after step {step + 1}; to continue: python ampo.py --resume --out {out}")
-            return 130
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if sets: report(student, sets, out)
-    print(f"run: {out}   metrics: {metrics_file}   checkpoint: {out / 'model'}")
+            attempt(f"{out}: no checkpoint written", save_checkpoint, student, optimizer, step + 1, out)
+        if stop: return tqdm.write(f"stopped after step {step + 1}; go on: python ampo.py --resume --out {out}") or 130
+    if sets and rank == 0: report(student, sets, out)
+    if rank == 0: print(f"run: {out}   metrics: {metrics_file}   checkpoint: {out / 'model'}")
     return 0
 
 
@@ -1019,32 +1043,32 @@ def parse_config(argv: list[str]) -> tuple[Config, dict]:
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": f.metadata["choices"]}
         parser.add_argument("--" + f.name, default=argparse.SUPPRESS, help=f.metadata["help"], **kind)
     cfg = Config(**(given := vars(parser.parse_args(argv))))
-    for f in fields(Config):
-        value, least = getattr(cfg, f.name), f.metadata["least"]
-        refuse(least is not None and not value >= least, f"--{f.name} {value}: must be at least {least}")
+    for name, least in [(f.name, f.metadata["least"]) for f in fields(Config) if f.metadata["least"] is not None]:
+        refuse(not getattr(cfg, name) >= least, f"--{name} {getattr(cfg, name)}: must be at least {least}")
     refuse(cfg.method not in METHODS, f"--method {cfg.method}: not one of {', '.join(METHODS)}")
     refuse(cfg.k > cfg.group_size, f"--k {cfg.k}: more than --group_size {cfg.group_size}")
     return cfg, given
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0, 2 for input that cannot be used, 130 after Ctrl-C.
+    """Entry point; returns the exit status: 0, 2 for input that cannot be used or memory that does not suffice.
 
     `ampo.py eval` scores --model on --data; the last line it prints is a JSON object."""
     argv = sys.argv[1:] if argv is None else argv
+    if "LOCAL_RANK" in os.environ and not dist.is_initialized():  # started by torchrun
+        if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()
     try:
         if argv[:1] != ["eval"]:
             cfg, given = parse_config(argv)
             refuse(cfg.temperature == 0, "--temperature 0: all rollouts of a problem would be the same")
             return train(*open_run(cfg, given))
-        cfg, _ = parse_config(["--data", "data/test.jsonl", "--temperature", str(Config.eval_temperature), *argv[1:]])
-        problems, student = load_problems(cfg.data), load_student(cfg.model, cfg)
-        check_lengths(student, problems)
-        print(json.dumps(evaluate(student, problems, cfg.samples, cfg.temperature)[0]))
-        return 0
-    except (InputError, OSError) as error:
-        print(f"ampo.py: {error}", file=sys.stderr)
-        return 2
+        cfg, _ = parse_config(["--data", "data/test.jsonl", "--temperature", "0.6", *argv[1:]])
+        problems = load_checked(student := load_student(cfg.model, cfg), cfg.data)
+        return print(json.dumps(evaluate(student, problems, cfg.samples, cfg.temperature)[0])) or 0
+    except (InputError, OSError, torch.OutOfMemoryError) as error:
+        remedy = "; lower --cache_tokens or --micro_tokens" * isinstance(error, torch.OutOfMemoryError)
+        return print(f"ampo.py: {error}{remedy}", file=sys.stderr) or 2
 
 
 if __name__ == "__main__": sys.exit(main())

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import statistics
 import subprocess
@@ -715,7 +716,7 @@ def by_hint(prompt, i):
 class TestGuides:
     def run(self, student, *problems):
         plain = ampo.rollout(student, list(problems), [p.question for p in problems])
-        groups = ampo.METHODS[student.cfg.method].guide(student, list(problems), plain)
+        groups = ampo.METHODS[student.cfg.method].guide(student, list(problems), list(plain))
         ampo.set_advantages(student, groups)
         return plain, groups
 
@@ -735,10 +736,9 @@ class TestGuides:
 
     def test_luffy_takes_slot_zero_of_every_group(self, make_student, scripted, tokenizer):
         scripted(lambda prompt, i: RIGHT)  # even where every rollout is right
-        student = make_student(method="luffy", teachers="two,one")
-        plain, (group, bare) = self.run(student, problem(), problem(teachers={}))
-        trace = tokenizer(PROBLEM["teachers"]["two"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-        assert (group[0].ids, group[0].source, group[0].off_policy) == (trace, "two", True)
+        plain, (group, bare) = self.run(make_student(method="luffy"), problem(), problem(teachers={}))
+        trace = tokenizer(PROBLEM["teachers"]["one"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+        assert (group[0].ids, group[0].source, group[0].off_policy) == (trace, "one", True)
         assert group[0].old_logps == [0.0] * len(trace) and group[0].reward == 1.0
         assert group[0].prompt == group[1].prompt and group[1:] == plain[0][1:] and bare == plain[1]
         assert not ampo.METHODS["luffy"].clipped
@@ -794,24 +794,15 @@ class TestGuides:
         _, (group,) = self.run(make_student(method="ampo", trigger="always"), problem())
         assert [s.off_policy for s in group] == [False, False, False, True] and group[3].source == "two"
 
-    @pytest.mark.parametrize("select, expected", [("shortest", "three"), ("longest", "one")])
-    def test_ampo_selection_by_length(self, make_student, scripted, select, expected):
-        scripted(lambda prompt, i: WRONG)
-        texts = {"two": "3=3\n" + RIGHT, "one": "2*x=3\n3=3\n" + RIGHT, "three": RIGHT}
-        _, (group,) = self.run(make_student(method="ampo", select=select, k=1), problem(teachers=texts))
-        assert [s.source for s in group if s.off_policy] == [expected]
-
-    def test_ampo_random_selection_takes_everyone_in_turn(self, make_student, scripted):
-        scripted(lambda prompt, i: WRONG)
-        torch.manual_seed(0)
-        student = make_student(method="ampo", select="random", k=1)
-        names = Counter(s.source for _ in range(60) for s in self.run(student, problem())[1][0] if s.off_policy)
-        assert set(names) == {"one", "two", "three"} and min(names.values()) > 8
-
-    def test_traces_too_long_or_unnamed_stay_out(self, make_student):
-        student = make_student(teachers="two,nobody,one", max_new_tokens=12)
-        texts = {"one": "2*x=3\n" * 9 + RIGHT, "two": RIGHT, "three": RIGHT}
+    def test_traces_too_long_or_empty_stay_out(self, make_student):
+        student = make_student(max_new_tokens=12)
+        texts = {"one": "2*x=3\n" * 9 + RIGHT, "two": RIGHT, "three": ""}
         assert [s.source for s in ampo.teacher_samples(student, problem(teachers=texts))] == ["two"]
+
+    def test_ampo_without_teachers_leaves_the_group(self, make_student, scripted):
+        scripted(lambda prompt, i: WRONG)
+        plain, groups = self.run(make_student(method="ampo"), problem(teachers={}))
+        assert groups == plain
 
     def test_guide_trains_hinted_rollouts_on_the_plain_prompt(self, make_student, scripted, tokenizer):
         scripted(by_hint)
@@ -834,7 +825,7 @@ class TestGuides:
         torch.manual_seed(0)
         (group,), tok = self.run(student, problem())[1], student.tokenizer
         hinted, plain = ampo.encode_prompt(tok, PROBLEM["hint"]), ampo.encode_prompt(tok, PROBLEM["question"])
-        logps, _, _, mask = ampo.score_samples(student, group)
+        logps, mask, _, _ = ampo.score_samples(student, group)
         for sample, row, m in zip(group, logps, mask):
             assert sample.old_logps == pytest.approx(full_logps(student.model, hinted, sample.ids), abs=1e-4)
             assert row[m].tolist() == pytest.approx(full_logps(student.model, plain, sample.ids), abs=1e-4)
@@ -880,8 +871,9 @@ class TestGuides:
         assert [s.source for s in groups[0]] == ["one", "two", "three"]
         assert all(a == 1.0 for s in groups[0] for a in s.advantages)
 
-    def test_cold_start_withholds_guidance(self, make_student, scripted):
+    def test_cold_start_withholds_guidance(self, make_student, scripted, monkeypatch):
         scripted(lambda prompt, i: WRONG)
+        monkeypatch.setattr(ampo, "update", lambda *_: dict(grad_norm=0.0, tokens=0, clipped=0, gap=0.0))
         student = make_student(method="luffy", cold_start=1)
         optimizer = torch.optim.SGD(student.model.parameters(), lr=0.0)
         assert ampo.train_step(student, optimizer, [problem()], 0)["teachers"] == {}
@@ -893,12 +885,11 @@ class TestGuides:
 
 
 def gradient_of(student, samples):
-    """The gradient of one update, before clipping: SGD with lr 1 on a copy moves by exactly it."""
-    student.cfg = ampo.replace(student.cfg, max_grad_norm=1e9)
+    """The gradient of one update, before clipping: SGD with lr 1 on a copy moves by it, shortened to norm 1."""
     before = [p.detach().clone() for p in student.model.parameters()]
     optimizer = torch.optim.SGD(student.model.parameters(), lr=1.0)
     stats = ampo.update(student, optimizer, samples)
-    return [b - p.detach() for b, p in zip(before, student.model.parameters())], stats
+    return [(b - p.detach()) * max(1, stats["grad_norm"]) for b, p in zip(before, student.model.parameters())], stats
 
 
 def mixed_samples():
@@ -974,12 +965,13 @@ class TestUpdate:
         assert ampo.update(student, optimizer, mixed_samples())["grad_norm"] > 0  # and the next one works
         assert all(torch.isfinite(p).all() for p in student.model.parameters())
 
-    def test_gradients_are_clipped_to_the_norm(self, make_student):
-        student = make_student(max_grad_norm=1e-3)
+    def test_gradients_are_clipped_to_norm_one(self, make_student):
+        student = make_student()
         before = [p.detach().clone() for p in student.model.parameters()]
-        ampo.update(student, torch.optim.SGD(student.model.parameters(), lr=1.0), mixed_samples())
+        steep = [sample_of([5, 6, 7], old_logps=full_logps(student.model, [2, 3], [5, 6, 7]), advantages=[-1e4] * 3)]
+        assert ampo.update(student, torch.optim.SGD(student.model.parameters(), lr=1.0), steep)["grad_norm"] > 10
         moved = math.sqrt(sum((b - p).pow(2).sum().item() for b, p in zip(before, student.model.parameters())))
-        assert moved == pytest.approx(1e-3, rel=1e-2)
+        assert moved == pytest.approx(1.0, rel=1e-2)
 
     def test_luffy_does_not_clip_on_policy(self, make_student):
         """A ratio of e with A > 0: clipped methods get no gradient from it, LUFFY does."""
@@ -1039,7 +1031,7 @@ class TestValueHead:
     def test_head_does_not_train_the_model(self, make_student):
         student = make_student(advantage="gae")
         torch.nn.init.normal_(student.critic.weight)
-        _, _, values, _ = ampo.score_samples(student, [sample_of([5, 6])])
+        _, _, _, values = ampo.score_samples(student, [sample_of([5, 6])])
         values.sum().backward()
         assert all(p.grad is None for p in student.model.parameters()) and student.critic.weight.grad is not None
 
@@ -1061,11 +1053,11 @@ class TestMeasure:
                  [sample_of([5], old_logps=[-4.0]), sample_of([5, 6], old_logps=[-1.0, -1.0])]]
         trace = sample_of([7] * 9, source="one", off_policy=True, old_logps=[0.0] * 9)
         stats = [dict(grad_norm=1.0, tokens=10, clipped=1, gap=0.5), dict(grad_norm=3.0, tokens=30, clipped=5, gap=9.0)]
-        out = ampo.measure(plain, [[trace, plain[0][1]], plain[1]], stats, 2.0)
+        out = ampo.measure(plain, [[trace, plain[0][1]], plain[1]], stats)
         assert out["reward"] == pytest.approx(2.1 / 4) and out["fail_rate"] == 0.5 and out["rescued"] == 0.5
-        assert out["entropy"] == pytest.approx(12 / 6) and out["response_length"] == 1.5 and out["tokens"] == 6
+        assert out["entropy"] == pytest.approx(12 / 6) and out["response_length"] == 1.5
         assert out["grad_norm"] == 2.0 and out["clip_fraction"] == 6 / 40 and out["logp_gap"] == 0.05
-        assert out["teachers"] == {"one": 1} and out["tokens_per_s"] == 3
+        assert out["teachers"] == {"one": 1}
 
     def test_entropy_estimate_agrees_with_the_exact_one(self, make_student):
         student = make_student(method="grpo", group_size=64, max_new_tokens=8)
@@ -1073,9 +1065,9 @@ class TestMeasure:
         torch.manual_seed(0)
         group, = ampo.rollout(student, [problem()], [PROBLEM["question"]])
         with torch.no_grad():
-            _, entropy, _, mask = ampo.score_samples(student, group)
+            _, mask, entropy, _ = ampo.score_samples(student, group)
         stats = [dict(grad_norm=0.0, tokens=0, clipped=0, gap=0.0)]
-        estimate = ampo.measure([group], [group], stats, 1.0)["entropy"]
+        estimate = ampo.measure([group], [group], stats)["entropy"]
         assert estimate == pytest.approx(entropy[mask].mean().item(), rel=0.03)
 
 
@@ -1103,13 +1095,15 @@ class TestEvaluate:
             assert out[f"pass@{k}"] == pytest.approx(ampo.pass_at_k(6, 3, k) / 2)
         assert [len(group) for group in groups] == [6, 6]
 
-    def test_leaves_the_random_numbers_of_training_alone(self, make_student):
-        student = make_student(max_new_tokens=3)
-        torch.manual_seed(5)
-        expected = torch.rand(3)
-        torch.manual_seed(5)
-        ampo.evaluate(student, [problem()], 2, 1.0)
-        assert torch.equal(torch.rand(3), expected)
+    def test_seeds_itself(self, make_student):
+        """The same figures whenever it is called, and other ones under another seed."""
+        texts = []
+        for seed in (5, 5, 6):
+            student = make_student(max_new_tokens=3, seed=seed)
+            torch.rand(seed)
+            _, groups = ampo.evaluate(student, [problem()], 4, 1.0)
+            texts.append([sample.ids for sample in groups[0]])
+        assert texts[0] == texts[1] != texts[2]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1207,17 +1201,16 @@ class TestTrain:
                  "--samples", "4", "--prompts_per_step", "2", "--steps", "1", "--out", str(tmp_path / "run")]
         assert ampo.main(flags) == 0
         shown = capsys.readouterr().out
-        for word in ("pass@1", "pass@4", "ood_one", "Problem:", "base,", "trained,", "metrics.jsonl", "model"):
+        for word in ("pass@1", "pass@4", "ood_one", "Problem:", "base,", "trained,", "metrics.jsonl", "model", "none"):
             assert word in shown
         assert "valid" in metrics_of(tmp_path / "run")[0]
-        results = json.loads((tmp_path / "run" / "results.json").read_text())
-        assert list(results) == ["test", "ood_one"] and results["test"]["base"]["n"] == 4
+        row = next(line for line in shown.splitlines() if line.startswith("test"))
         command = ["eval", "--model", str(tmp_path / "run" / "model"), "--data", str(tmp_path / "test.jsonl"),
                    "--samples", "4"]
         assert ampo.main(command) == 0
         last = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert list(last) == ["pass@1", "pass@2", "pass@4", "n", "length"]
-        assert last == results["test"]["trained"]
+        assert [float(n) for n in re.findall(r"-> +([\d.]+)", row)] == [100 * last["pass@1"], 100 * last["pass@4"]]
 
     def test_ctrl_c_saves_and_says_how_to_resume(self, tmp_path):
         out = tmp_path / "run"
@@ -1229,7 +1222,7 @@ class TestTrain:
         said, _ = run.communicate(timeout=60)
         assert run.returncode == 130 and f"--resume --out {out}" in said
         done = len(metrics_of(out))
-        assert json.loads((out / "model" / "run.json").read_text())["step"] == done
+        assert torch.load(out / "model" / "state.pt")["step"] == done
         assert ampo.main(["--resume", "--out", str(out), "--steps", str(done + 1)]) == 0
         assert len(metrics_of(out)) == done + 1
 
@@ -1246,11 +1239,11 @@ class TestBadInput:
     @pytest.mark.parametrize("flags, named", [
         (["--group_size", "1"], "--group_size"),
         (["--temperature", "-1"], "--temperature"), (["--temperature", "0"], "--temperature"),
-        (["--k", "9"], "--k"), (["--teachers", "undo,nobody"], "--teachers"),
+        (["--k", "9"], "--k"),
         (["--steps", "0"], "--steps"), (["--steps", "x"], "--steps"), (["--lr", "nan"], "--lr"),
         (["--method", "ppo"], "ppo"), (["--follow", "me"], "--follow"), (["--nonsense", "1"], "--nonsense"),
         (["--model", "no/such/folder"], "no/such/folder"), (["--model", str(HERE / "data")], str(HERE / "data")),
-        (["--data", "missing.jsonl"], "missing.jsonl"), (["--eval_data", "a.jsonl", "--eval_every", "1"], "a.jsonl"),
+        (["--data", "missing.jsonl"], "missing.jsonl"),
         (["--max_new_tokens", "5000"], "train.jsonl:1"),
     ])
     def test_flags_and_files(self, tmp_path, capsys, flags, named):
@@ -1273,7 +1266,7 @@ class TestBadInput:
     def test_a_folder_that_is_taken(self, tmp_path, capsys):
         (tmp_path / "notes.txt").write_text("mine")
         assert "--out" in self.refuse(capsys, *SMALL, "--out", str(tmp_path))
-        assert "--out" in self.refuse(capsys, *SMALL, "--out", str(tmp_path / "notes.txt"))
+        assert "notes.txt" in self.refuse(capsys, *SMALL, "--out", str(tmp_path / "notes.txt"))
         assert os.listdir(tmp_path) == ["notes.txt"]
 
     def test_nothing_to_resume(self, tmp_path, capsys):
