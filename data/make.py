@@ -358,31 +358,27 @@ def mean(values):
 
 
 def measure(model, tokenizer, sets):
-    """Print what the base can do: plain, with hint, with prefixes, and how well it comprehends each teacher."""
-    test = sets["test"]
-    golds = [p["answer"] for p in test]
-    plain = solve(model, tokenizer, [p["question"] for p in test], golds, 32)
-    guided = {"hint": solve(model, tokenizer, [p["hint"] for p in test], golds, 8)}
+    """Print what the base can do: plain, with hint, with prefixes, and how well it comprehends each teacher. Measured
+    on the validation set: the test sets are for the published table alone."""
+    problems = sets["valid"]
+    golds = [p["answer"] for p in problems]
+    plain = solve(model, tokenizer, [p["question"] for p in problems], golds, 32)
+    guided = {"hint": solve(model, tokenizer, [p["hint"] for p in problems], golds, 8)}
     for omega in (0.25, 0.5, 0.75):
-        messages = [guided_by_prefix(p["question"], p["solution"], omega) for p in test]
+        messages = [guided_by_prefix(p["question"], p["solution"], omega) for p in problems]
         guided[f"prefix {omega}"] = solve(model, tokenizer, messages, golds, 8)
     print("\nlevel      " + "".join(f"{lv:>8}" for lv in ("all", 2, 3, 4, 5)))
     rows = {f"pass@{k}": [ampo.pass_at_k(32, sum(ok for _, ok in r), k) for r in plain] for k in (1, 8, 32)}
     rows["8 all fail"] = [1 - p for p in rows["pass@8"]]
     rows |= {name: [mean(ok for _, ok in r) for r in results] for name, results in guided.items()}
     r_p = [ampo.comprehension(model, tokenizer, ampo.Problem(p["question"], p["answer"]),
-                              [p["teachers"][name] for name in TEACHERS]) for p in test]
+                              [p["teachers"][name] for name in TEACHERS]) for p in problems]
     rows |= {f"r_p {name}": column for name, column in zip(TEACHERS, zip(*r_p))}
-    rows |= {f"tok {name}": [len(tokenizer.encode(p["teachers"][name])) for p in test] for name in TEACHERS}
+    rows |= {f"tok {name}": [len(tokenizer.encode(p["teachers"][name])) for p in problems] for name in TEACHERS}
     rows["tok sampled"] = [mean(len(tokenizer.encode(t)) for t, _ in r) for r in plain]
     for name, row in rows.items():
-        cells = [mean(row)] + [mean(r for r, p in zip(row, test) if p["level"] == lv) for lv in (2, 3, 4, 5)]
+        cells = [mean(row)] + [mean(r for r, p in zip(row, problems) if p["level"] == lv) for lv in (2, 3, 4, 5)]
         print(f"{name:11}" + "".join(f"{c:8.2f}" for c in cells))
-    for name in sets:
-        if name.startswith("ood"):
-            r = solve(model, tokenizer, [p["question"] for p in sets[name]], [p["answer"] for p in sets[name]], 8)
-            once, ever = mean(ok for row in r for _, ok in row), mean(any(ok for _, ok in row) for row in r)
-            print(f"{name:14} pass@1 {once:.2f}  pass@8 {ever:.2f}")
     print("styles sampled:", dict(Counter(style(t) for r in plain for t, _ in r).most_common()))
 
 
@@ -398,7 +394,7 @@ def style(text):
 
 def main():
     parser = argparse.ArgumentParser(description="Make the problems, the tokenizer and the base model.")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=3600, help="supervised steps of the base model")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent)
     args = parser.parse_args()
