@@ -521,6 +521,12 @@ def group_advantages(rewards, follow: str = "code"):
     code:   A = R - mean(R), over the group after guidance changed it
     paper:  A = (R - mean(R)) / std(R)  (AMPO Eq. 6; unbiased std)
     A group of equal rewards gets exactly 0, not rounding noise divided by a tiny std.
+
+    >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.1, 0.1, 0.1, 0.1]]))
+    tensor([[ 0.7500, -0.2500, -0.2500, -0.2500],
+            [ 0.0000,  0.0000,  0.0000,  0.0000]])
+    >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]), "paper")
+    tensor([[ 1.5000, -0.5000, -0.5000, -0.5000]])
     """
     advantages = rewards - rewards.mean(1, keepdim=True)
     if follow == "paper": advantages = advantages / (rewards.std(1, keepdim=True) + 1e-6)
@@ -531,6 +537,9 @@ def gae(values, rewards, mask, lam: float = 0.95):
     """Generalised advantage estimation with γ = 1 and the reward at the last token (Schulman et al. 2016, Eq. 16).
 
     values (B, T), rewards (B,), mask (B, T) -> (B, T):  A_t = δ_t + λ·A_{t+1},  δ_t = r_t + V_{t+1} - V_t
+
+    >>> gae(torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([1.0]), torch.tensor([[True, True, False]]), lam=0.5)
+    tensor([[0.2500, 0.5000, 0.0000]])
     """
     values = values * mask
     last = torch.arange(mask.shape[1], device=mask.device) == mask.sum(1, keepdim=True) - 1  # (B, T)
@@ -549,6 +558,11 @@ def policy_objective(logps, old_logps, advantages, off_policy, clip: float = 0.2
     logps, old_logps (B, T); advantages (B,) or (B, T); off_policy (B,) bool -> (B, T), not masked, not averaged.
     A teacher's trace has old_logps = 0, so its ratio is the student's probability itself.
     AMPO's paper writes the clip around f as well: for A ≥ 0 it changes nothing, since f < 1 < 1 + ε.
+
+    >>> p, old_p = torch.tensor([[0.2, 0.6], [0.9, 0.1]]), torch.tensor([[0.2, 0.2], [1.0, 1.0]])  # ratios 1, 3; .9, .1
+    >>> policy_objective(p.log(), old_p.log(), torch.tensor([1.0, 1.0]), torch.tensor([False, True]))
+    tensor([[1.0000, 1.2000],
+            [0.9000, 0.5000]])
     """
     if advantages.dim() == 1: advantages = advantages[:, None]
     # exp(20) is far outside any clip, and keeps inf/inf = nan out of f.
@@ -560,6 +574,9 @@ def policy_objective(logps, old_logps, advantages, off_policy, clip: float = 0.2
 
 # =====================================================================================================================
 # §7 Guidance: what each method does with a failed group
+
+# In the examples, `student` is data/base with G = 4, `problem` is "Solve 3*(4*x+2)-4=20." with traces of the teachers
+# undo, work and secant, a hint and a solution, and `wrong` and `right` are two rollouts of it.
 
 
 @dataclass
@@ -593,7 +610,12 @@ class Student:
 
 
 def rollout(student: Student, problems: list[Problem], messages: list[str]) -> list[list[Sample]]:
-    """G verified rollouts of each message, a group a problem; they train on the prompt they were sampled with."""
+    """G verified rollouts of each message, a group a problem; they train on the prompt they were sampled with.
+
+    >>> (group,) = rollout(student, [problem], [problem.question])
+    >>> len(group), group[0].prompt == encode_prompt(student.tokenizer, problem.question)
+    (4, True)
+    """
     cfg, groups = student.cfg, []
     prompts = [encode_prompt(student.tokenizer, message, cfg.system) for message in messages]
     size = max(1, cfg.cache_tokens // cfg.group_size // (max(map(len, prompts), default=0) + cfg.max_new_tokens))
@@ -605,20 +627,34 @@ def rollout(student: Student, problems: list[Problem], messages: list[str]) -> l
 
 
 def judge(student: Student, problem: Problem, prompt, ids, logps) -> Sample:
-    """Verify one rollout. The reward is 0.9 for a right answer + 0.1 for giving one at all, as in official AMPO."""
+    """Verify one rollout. The reward is 0.9 for a right answer + 0.1 for giving one at all, as in official AMPO.
+
+    >>> texts = ["8-2=6 \\\\boxed{6/4}", "8-2=6 \\\\boxed{6}", "8-2=6"]
+    >>> [judge(student, problem, [7], student.tokenizer(text).input_ids, []).reward for text in texts]
+    [1.0, 0.1, 0.0]
+    """
     correct = verify(text := student.tokenizer.decode(ids, skip_special_tokens=True), problem.answer)
     return Sample(prompt, ids, logps, text, correct, 0.9 * correct + 0.1 * (extract_answer(text) is not None))
 
 
 def needs_guidance(group: list[Sample], trigger: str = "fail") -> bool:
-    """fail: no rollout is correct, the situation this file is about. half: fewer than half are (AMPO v2). always."""
+    """fail: no rollout is correct, the situation this file is about. half: fewer than half are (AMPO v2). always.
+
+    >>> two, three = [wrong, wrong], [wrong, wrong, right]
+    >>> needs_guidance(two), needs_guidance(three), needs_guidance(three, "half")
+    (True, False, True)
+    """
     share = sum(sample.correct for sample in group) / len(group)
     return {"fail": share == 0, "half": share < 0.5, "always": True}[trigger]
 
 
 def teacher_samples(student: Student, problem: Problem) -> list[Sample]:
     """The problem's traces as samples, in the order of the file. π_φ is taken as 1, so old_logps = 0. Their reward is
-    forced to 1 (AMPO v1; v2 verifies it). Traces longer than the student may write are left out."""
+    forced to 1 (AMPO v1; v2 verifies it). Traces longer than the student may write are left out.
+
+    >>> [(s.source, len(s.ids), s.reward, s.old_logps[0]) for s in teacher_samples(student, problem)]
+    [('undo', 41, 1.0, 0.0), ('work', 28, 1.0, 0.0), ('secant', 45, 1.0, 0.0)]
+    """
     samples, prompt = [], encode_prompt(student.tokenizer, problem.question, student.cfg.system)
     for name, text in problem.teachers.items():
         ids = student.tokenizer(text, add_special_tokens=False).input_ids + student.eos[:1]
@@ -636,6 +672,10 @@ def comprehension(model, tokenizer, problem: Problem, traces: list[str], follow=
     code:   the arithmetic mean of the tokens' probabilities
     paper:  exp(mean log p), their geometric mean
     Returns a number in [0, 1] for each trace; a trace without an answer mark scores 0.
+
+    >>> traces = [problem.teachers["undo"], problem.teachers["secant"], "20+4=24"]
+    >>> [round(r, 1) for r in comprehension(student.model, student.tokenizer, problem, traces)]
+    [1.0, 0.2, 0.0]
     """
     encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids
     prompt = encode_prompt(tokenizer, problem.question, system)
@@ -651,7 +691,11 @@ def comprehension(model, tokenizer, problem: Problem, traces: list[str], follow=
 
 
 def choose_traces(student: Student, problem: Problem, k: int) -> list[Sample]:
-    """The k traces to learn from: those that the student comprehends best, ties to the shorter one."""
+    """The k traces to learn from: those that the student comprehends best, ties to the shorter one.
+
+    >>> sorted(trace.source for trace in choose_traces(student, problem, 2))
+    ['undo', 'work']
+    """
     cfg, traces = student.cfg, teacher_samples(student, problem)
     texts = [trace.text for trace in traces]
     r = comprehension(student.sampler, student.tokenizer, problem, texts, cfg.follow, cfg.system) if texts else []
@@ -662,24 +706,41 @@ def choose_traces(student: Student, problem: Problem, k: int) -> list[Sample]:
 
 
 def swap_in(traces: list[Sample], group: list[Sample]) -> list[Sample]:
-    """The group with traces in place of as many random incorrect rollouts."""
+    """The group with traces in place of as many random incorrect rollouts.
+
+    >>> [s.source for s in swap_in(teacher_samples(student, problem)[:1], [right, wrong, right])]
+    ['student', 'undo', 'student']
+    """
     wrong, group = [i for i, sample in enumerate(group) if not sample.correct], list(group)
     for slot, trace in zip(torch.randperm(len(wrong)).tolist(), traces): group[wrong[slot]] = trace
     return group
 
 
 def guide_grpo(student, problems, groups):
-    """GRPO: nothing. A failed group stays without signal."""
+    """GRPO: nothing. A failed group stays without signal.
+
+    >>> guide_grpo(student, [problem], [[wrong] * 4]) == [[wrong] * 4]
+    True
+    """
     return groups
 
 
 def guide_luffy(student, problems, groups):
-    """LUFFY: one teacher's trace takes slot 0 of every group, failed or not."""
+    """LUFFY: one teacher's trace takes slot 0 of every group, failed or not.
+
+    >>> [s.source for s in guide_luffy(student, [problem], [[right] * 4])[0]]
+    ['undo', 'student', 'student', 'student']
+    """
     return [(trace := teacher_samples(student, p)[:1]) + group[len(trace):] for p, group in zip(problems, groups)]
 
 
 def guide_ampo(student, problems, groups):
-    """AMPO: in a failed group the k traces that the student comprehends best replace k random failures."""
+    """AMPO: in a failed group the k traces that the student comprehends best replace k random failures.
+
+    >>> failed, mixed = guide_ampo(student, [problem, problem], [[wrong] * 4, [wrong, right, wrong, wrong]])
+    >>> sorted(s.source for s in failed), {s.source for s in mixed}
+    (['student', 'student', 'undo', 'work'], {'student'})
+    """
     for i, group in enumerate(groups):
         if needs_guidance(group, student.cfg.trigger):
             k = len(group) // 2 - sum(s.correct for s in group) if student.cfg.trigger == "half" else student.cfg.k
@@ -688,14 +749,23 @@ def guide_ampo(student, problems, groups):
 
 
 def retry(student, problems, groups, message: callable, trigger: str = "fail") -> dict[int, list[Sample]]:
-    """Fresh rollouts of message(problem) for the groups that need guidance, by their index; without a message, none."""
+    """Fresh rollouts of message(problem) for the groups that need guidance, by their index; without a message, none.
+
+    >>> fresh = retry(student, [problem, problem], [[right, wrong], [wrong, wrong]], lambda p: p.hint)
+    >>> [(i, len(group)) for i, group in fresh.items()]
+    [(1, 4)]
+    """
     todo = [i for i, group in enumerate(groups) if needs_guidance(group, trigger) and message(problems[i])]
     return dict(zip(todo, rollout(student, [problems[i] for i in todo], [message(problems[i]) for i in todo])))
 
 
 def guide_guide(student, problems, groups):
     """Guide: rollouts of a failed group's hinted message train the plain prompt. Their old_logps are the sampler's
-    under the hint, so that their ratio is π(·|q) / π_old(·|q, hint). They replace the group (code) or join it (paper).
+    under the hint, so that their ratio is π(·|q) / π_old(·|q,hint). They replace the group (code) or join it (paper).
+
+    >>> hinted = guide_guide(student, [problem], [[wrong] * 4])[0]
+    >>> {(s.source, s.off_policy, s.prompt == wrong.prompt) for s in hinted}
+    {('hint', True, True)}
     """
     for i, hinted in retry(student, problems, groups, lambda p: p.hint, student.cfg.trigger).items():
         hinted = [replace(s, prompt=groups[i][0].prompt, off_policy=True, source="hint") for s in hinted]
@@ -708,7 +778,12 @@ LEAD = "\n The following text is the beginning part of the answer, which you can
 
 def guide_ghpo(student, problems, groups):
     """GHPO: show more and more of the solution until a fresh group has a success, and train that group on the prompt
-    it was sampled with. (The official code rebuilds the prompts of groups rescued earlier: a bug, not copied.)"""
+    it was sampled with. (The official code rebuilds the prompts of groups rescued earlier: a bug, not copied.)
+
+    >>> rescued = guide_ghpo(student, [problem], [[wrong] * 4])[0]
+    >>> {(s.source, s.off_policy, s.prompt == wrong.prompt) for s in rescued}, any(s.correct for s in rescued)
+    ({('hint', False, False)}, True)
+    """
     for omega in (0.25, 0.5, 0.75):
         begun = lambda p: p.solution and p.question + LEAD + p.solution[:round(len(p.solution) * omega)]
         for i, hinted in retry(student, problems, groups, begun).items():
@@ -717,7 +792,11 @@ def guide_ghpo(student, problems, groups):
 
 
 def guide_sft(student, problems, groups):
-    """SFT: no rollouts, all traces of all teachers."""
+    """SFT: no rollouts, all traces of all teachers.
+
+    >>> [s.source for s in guide_sft(student, [problem], [[]])[0]]
+    ['undo', 'work', 'secant']
+    """
     return [teacher_samples(student, problem) for problem in problems]
 
 

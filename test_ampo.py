@@ -4,7 +4,9 @@ A class a function. The mathematics is compared with independent oracles: plain 
 of transformers without cache or padding, enumeration. The twelve mistakes often found in published code of this kind
 have a test each; their names begin with test_mistake.
 """
+import doctest
 import importlib
+import inspect
 import itertools
 import json
 import math
@@ -878,6 +880,27 @@ class TestGuides:
         optimizer = torch.optim.SGD(student.model.parameters(), lr=0.0)
         assert ampo.train_step(student, optimizer, [problem()], 0)["teachers"] == {}
         assert ampo.train_step(student, optimizer, [problem()], 1)["teachers"] == {"one": 1}
+
+
+class TestDoctests:
+    def test_worked_examples(self, tokenizer):
+        """Every function of §6 and §7 has a worked example, and each comes out as written."""
+        student = ampo.load_student(BASE, ampo.Config(group_size=4))
+        texts = {"undo": "3*(4*x+2)-4=20\n3*(4*x+2)=24\n4*x+2=8\n4*x=6\n", "work": "20+4=24\n24/3=8\n8-2=6\n",
+                 "secant": "0: 0,2,6,2\n1: 4,6,18,14\n(20-2)/(14-2)\n"}
+        teachers = {name: text + RIGHT for name, text in texts.items()}
+        question = "Solve 3*(4*x+2)-4=20."
+        names = {"student": student, "wrong": sample_of([8, 1], [7], 0.1, False), "right": sample_of([8, 1], [7]),
+                 "problem": ampo.Problem(question, "3/2", teachers, question + "\nHint: the steps give 24, 8.",
+                                         teachers["work"])}
+        torch.manual_seed(0)
+        tested = {}
+        for test in doctest.DocTestFinder().find(ampo, extraglobs=names):
+            tested[test.name.split(".")[-1]] = len(test.examples)
+            assert doctest.DocTestRunner().run(test).failed == 0, test.name
+        source = inspect.getsource(ampo)
+        section = source[source.index("# §6 The objective"):source.index("# §8 The loop")]
+        assert all(tested[name] for name in re.findall(r"^def (\w+)", section, re.M))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

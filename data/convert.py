@@ -2,6 +2,7 @@
 
     python data/convert.py openr1_math_4longcots.parquet --out openr1/train.jsonl
     python data/convert.py gsm8k_train.jsonl math_train.jsonl --out both/train.jsonl
+    python data/convert.py luffy.parquet --out luffy/train.jsonl --model Qwen/Qwen2.5-1.5B --max_prompt_tokens 1024
 
 Each row is recognised by its fields, so one call may mix the forms:
 
@@ -23,6 +24,7 @@ from collections import Counter
 from pathlib import Path
 
 from tqdm import tqdm
+from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ampo  # what is taken is what its verifier and its reader accept
@@ -118,7 +120,7 @@ def choose(traces, answer, left_out):
     return {source: key[-1] for source, key in best.items()}
 
 
-def convert(row, left_out):
+def convert(row, left_out, fits=lambda question: True):
     """A published row, or a line that holds one -> a problem of the project. InputError says why there is none."""
     try:
         row = json.loads(row) if isinstance(row, str) else row
@@ -127,6 +129,7 @@ def convert(row, left_out):
     ampo.refuse(not isinstance(row, dict), "not a JSON object")
     question, (answer, worked) = user_message(row.get("prompt"), row.get("question")), gold_answer(row)
     ampo.refuse(not question, "no question")
+    ampo.refuse(not fits(question), "a question longer than --max_prompt_tokens")
     ampo.refuse(not answer, "no answer")
     ampo.refuse(not ampo.same_answer(answer, answer), "an answer that the verifier cannot read")
     teachers = choose(traces_of(row, worked), answer, left_out)
@@ -144,14 +147,22 @@ def convert(row, left_out):
 # --- All rows --------------------------------------------------------------------------------------
 
 
-def write_problems(inputs, out):
+def within(model, limit):
+    """A test of questions: do they fit into `limit` tokens of the model's chat template? Without a limit all do."""
+    if limit is None:
+        return lambda question: True
+    tokenizer = ampo.attempt(f"--model {model}: no tokenizer in it", AutoTokenizer.from_pretrained, model)
+    return lambda question: len(ampo.encode_prompt(tokenizer, question)) <= limit
+
+
+def write_problems(inputs, out, fits):
     """Convert all rows into the open file `out`. Returns the counters taken, dropped and left_out."""
     taken, dropped, left_out = Counter(), Counter(), Counter()
     for row in tqdm((row for rows in inputs for row in rows), unit=" rows", disable=None):
         if isinstance(row, str) and not row.strip():
             continue
         try:
-            problem = convert(row, left_out)
+            problem = convert(row, left_out, fits)
         except ampo.InputError as error:
             dropped[str(error)] += 1
             continue
@@ -160,13 +171,13 @@ def write_problems(inputs, out):
     return taken, dropped, left_out
 
 
-def convert_files(paths, out):
+def convert_files(paths, out, fits):
     """Convert all files into `out`, which must be new; it is deleted again unless it gets finished."""
     ampo.refuse(out.exists(), f"--out {out}: exists already, and is not overwritten")
     inputs = [read_rows(path) for path in paths]
     with open(out, "x", encoding="utf-8") as file:  # x: not even if somebody made it in the meantime
         try:
-            counters = write_problems(inputs, file)
+            counters = write_problems(inputs, file, fits)
             print(summary(*counters))
             ampo.refuse(not counters[0], f"{', '.join(map(str, paths))}: no row could be taken")
         except BaseException:
@@ -190,9 +201,12 @@ def main(argv=None):
     parser.error = lambda message: ampo.refuse(True, message)
     parser.add_argument("inputs", type=Path, nargs="+", metavar="IN", help="a published set, .jsonl or .parquet")
     parser.add_argument("--out", type=Path, required=True, help="the file to write; it must not exist")
+    parser.add_argument("--model", help="whose tokenizer and chat template count the prompt tokens")
+    parser.add_argument("--max_prompt_tokens", type=int, help="drop rows with longer prompts; default: take them all")
     try:
         args = parser.parse_args(argv)
-        convert_files(args.inputs, args.out)
+        ampo.refuse((args.model is None) != (args.max_prompt_tokens is None), "--max_prompt_tokens goes with --model")
+        convert_files(args.inputs, args.out, within(args.model, args.max_prompt_tokens))
         return 0
     except (ampo.InputError, OSError, KeyboardInterrupt) as error:
         stopped = isinstance(error, KeyboardInterrupt)

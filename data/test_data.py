@@ -385,7 +385,7 @@ class TestTeachRefuses:
         data, out = write_lines(tmp_path / "in.jsonl", easy), tmp_path / "out"
         for flag, value in [("--samples", 0), ("--batch", 0), ("--max_new_tokens", 0), ("--temperature", -1.0)]:
             assert f"{flag} {value}: must be at least" in self.refusal(capsys, data, out, flag, value)
-        assert all("--name" in self.refusal(capsys, data, out, name=name) for name in ("", " ", "a,b"))
+        assert all("--name" in self.refusal(capsys, data, out, name=name) for name in ("", " "))
         assert "none.jsonl" in self.refusal(capsys, tmp_path / "none.jsonl", out)
         assert "folder does not exist" in self.refusal(capsys, data, tmp_path / "none" / "out")
         assert "in.jsonl:11: not a JSON object" in self.refusal(capsys, write_lines(data, [*easy, "{"]), out)
@@ -396,3 +396,24 @@ def test_teach_refuses_a_model_that_is_none(easy, tmp_path, capsys):
     data, out = write_lines(tmp_path / "in.jsonl", easy), tmp_path / "out"
     line = refused(capsys, teach.main, "--model", tmp_path / "none", "--name", "n", "--data", data, "--out", out)
     assert str(tmp_path / "none") in line and not out.exists()
+
+
+class TestPromptLimit:
+    def test_longer_prompts_are_dropped_and_counted(self, tmp_path, capsys):
+        base = HERE / "base"
+        tokenizer = convert.AutoTokenizer.from_pretrained(base)
+        rows = [{"question": "Solve 2*x=3.", "answer": "#### 3/2"}, {"question": "Solve 2*x=3. " * 9, "answer": "#### 3/2"}]
+        (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        limit = len(ampo.encode_prompt(tokenizer, rows[0]["question"]))
+        for allowed, taken in ((limit, 1), (limit - 1, 0)):
+            out = tmp_path / f"out{allowed}.jsonl"
+            status = convert.main([str(tmp_path / "in.jsonl"), "--out", str(out), "--model", str(base),
+                                   "--max_prompt_tokens", str(allowed)])
+            said = capsys.readouterr().out
+            assert status == (0 if taken else 2) and f"{2 - taken} a question longer than --max_prompt_tokens" in said
+            assert not taken or len(ampo.load_problems(out)) == 1
+
+    def test_needs_the_model(self, tmp_path, capsys):
+        (tmp_path / "in.jsonl").write_text("{}\n")
+        assert convert.main([str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "o"), "--max_prompt_tokens", "9"]) == 2
+        assert "--model" in capsys.readouterr().err
