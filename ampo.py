@@ -439,7 +439,8 @@ def generate(model, prompts, n, max_new_tokens, temperature=1.0, eos_token_id=No
         alive = int(running.sum())
         if alive == 0 or t == max_new_tokens - 1: break
         mask[..., width + t], slot[:] = 0, width + t
-        shrinks = alive < 0.85 * len(rows)  # moving the cache costs about as much as the finished rows save
+        # Moving the cache, or recording a new graph, costs as much as the finished rows save in a while.
+        shrinks = alive < (0.85 if span == 1 else 0.5) * len(rows)
         if shrinks or width + t >= window:
             window, keep = span * (1 + (width + t) // span), (running if shrinks else running | True).nonzero()[:, 0]
             for layer in cache.layers: layer.resize(keep, window)
@@ -486,9 +487,9 @@ def score(model, prompts, responses, temperature: float = 1.0, critic=None):
     targets, mask = pad(responses, ids.device)  # (B, T)
     # The state before a token predicts it: the response's places (B, L), moved left by one.
     places = pad([[False] * len(p) + [True] * len(r) for p, r in zip(prompts, responses)], ids.device)[0].roll(-1, 1)
-    head, blocks = model.get_output_embeddings(), [m for m in model.modules() if hasattr(m, "gradient_checkpointing")]
+    head, blocks = model.get_output_embeddings(), [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"):
-        for block in blocks: block.training = True  # --recompute asks for this; the dropout inside stays off
+        for block in blocks: block.training = True  # what --recompute looks at; the dropout inside stays off
         # Padding stands on the right, where causal attention never looks back at it: no attention mask is needed.
         states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[places]  # (response tokens, H)
         for block in blocks: block.training = False
@@ -938,8 +939,13 @@ def load_student(path: str, cfg: Config) -> Student:
     tokenizer = attempt(f"{path}: no tokenizer in it", AutoTokenizer.from_pretrained, path)
     model = attempt(f"{path}: no model in it", AutoModelForCausalLM.from_pretrained, path, dtype=torch.float32)
     refuse(not tokenizer.chat_template, f"{path}: its tokenizer has no chat template")
+    # A cache or an output head of another kind would be sampled or scored wrongly, so both are tried. The model stays
+    # in eval mode, as it was loaded: dropout would take the first ratio away from 1.
+    (ids, logps), = attempt(f"{path}: cannot sample from {model.config.model_type}", generate, model, [[0, 1]], 1, 4)[0]
+    agree = torch.allclose(token_logps(model, [[0, 1]], [ids])[0], torch.tensor([logps]), atol=1e-3)
+    refuse(not agree, f"{path}: generate and token_logps disagree about a {model.config.model_type} model")
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    model = model.to(device).eval()  # eval: dropout would take the first ratio away from 1
+    model = model.to(device)
     for weight in model.parameters(): weight.data = weight.data.clone()  # a mapped file's alignment changes rounding
     if cfg.recompute: model.gradient_checkpointing_enable({"use_reentrant": False})
     sampler = copy.deepcopy(model).bfloat16() if device == "cuda" else model
@@ -967,7 +973,6 @@ def train_step(student: Student, optimizer, problems: list[Problem], step: int) 
     set_advantages(student, groups)
     size = math.ceil(len(groups) / cfg.updates)
     stats = [update(student, optimizer, sum(groups[i:i + size], [])) for i in range(0, len(groups), size)]
-    refuse(stats[0]["gap"] > 0.5 * stats[0]["tokens"], "generate and token_logps disagree: unknown cache or head")
     clock.append(time.perf_counter())
     seconds = {name: b - a for name, a, b in zip(("rollout_s", "guide_s", "update_s"), clock, clock[1:])}
     plain, groups, stats, tokens = (sum(parts, []) for parts in zip(*gather((plain, groups, stats, [student.sampled]))))
@@ -1049,8 +1054,7 @@ def restore(student: Student, optimizer, checkpoint: Path, metrics_file: Path) -
     steps done. Random numbers need no saving: each step seeds its own."""
     state = attempt(f"{checkpoint}/state.pt: damaged", torch.load, checkpoint / "state.pt", weights_only=True)
     optimizer.load_state_dict(state["optimizer"]), student.critic.load_state_dict(state["critic"])
-    os.truncate(metrics_file, state["metrics_bytes"])
-    return state["step"]
+    return os.truncate(metrics_file, state["metrics_bytes"]) or state["step"]
 
 
 def open_run(cfg: Config, given: dict) -> tuple[Config, Path | None]:
@@ -1089,7 +1093,7 @@ def train(cfg: Config, checkpoint: Path | None = None) -> int:
     rank = dist.get_rank() if ranks > 1 else 0  # the processes share a step's problems; the first one logs and saves
     refuse(cfg.prompts_per_step % ranks, f"--prompts_per_step {cfg.prompts_per_step}: no multiple of {ranks} processes")
     student = load_student(str(checkpoint or cfg.model), cfg)
-    problems, valid, sets = load_inputs(student)
+    data, valid, sets = load_inputs(student)
     weights = [*student.model.parameters(), *student.critic.parameters()]
     optimizer = torch.optim.AdamW(weights, cfg.lr, weight_decay=0.1, fused=True)
     out.mkdir(parents=True, exist_ok=True), metrics_file.open("a" if checkpoint else "w").close()
@@ -1099,8 +1103,7 @@ def train(cfg: Config, checkpoint: Path | None = None) -> int:
     bar = tqdm(range(done, cfg.steps), initial=done, total=cfg.steps, desc=cfg.method, disable=rank > 0)
     for step in bar:
         torch.manual_seed(hash((cfg.seed, step, rank)))  # a function of the step alone: nothing to save for --resume
-        batch = [problems[i] for i in batch_indices(len(problems), step, cfg)][rank::ranks]
-        metrics = train_step(student, optimizer, batch, step)
+        metrics = train_step(student, optimizer, [data[i] for i in batch_indices(len(data), step, cfg)][rank::ranks], step)
         if valid and (step + 1) % cfg.eval_every == 0:
             metrics["valid"] = evaluate(student, valid, cfg.group_size, 0.6)[0]["pass@1"]
         if rank > 0: continue

@@ -4,6 +4,7 @@ A class a function. The mathematics is compared with independent oracles: plain 
 of transformers without cache or padding, enumeration. The twelve mistakes often found in published code of this kind
 have a test each; their names begin with test_mistake.
 """
+import copy
 import doctest
 import importlib
 import inspect
@@ -27,7 +28,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a model name that does not exist is looked
 import mpmath
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config,
+                          Qwen2ForCausalLM)
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -1303,3 +1308,549 @@ class TestBadInput:
         command = [sys.executable, str(HERE / "ampo.py"), "--group_size", "1"]
         run = subprocess.run(command, capture_output=True, text=True)
         assert run.returncode == 2 and run.stderr.count("\n") == 1 and not run.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints of other families, as they lie on a disk
+
+
+LINES = [{"question": f"Solve {a}*x={b}.", "answer": f"{b}/{a}",
+          "teachers": {"divide": f"{a}*x={b}\n\\boxed{{{b}/{a}}}", "short": f"\\boxed{{{b}/{a}}}"}}
+         for a in (3, 7) for b in (5, 8)]
+TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+TINY = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=256, bos_token_id=None)
+# What is special about each family's checkpoint, as in published ones: heads, pad token, end tokens.
+FAMILIES = {
+    "qwen2": dict(tie_word_embeddings=True, pad="<|im_end|>"),
+    "qwen3": dict(head_dim=16, tie_word_embeddings=False, pad="<|pad|>"),
+    "llama": dict(tie_word_embeddings=False, pad=None, ends=["<|im_end|>", "<|pad|>"]),
+    "gemma": dict(head_dim=8, num_key_value_heads=1, tie_word_embeddings=True, pad="<|pad|>", scale=12.0)}
+
+
+def small_tokenizer(pad=None, template=TEMPLATE):
+    """A byte-level BPE of some 300 tokens with a chat template that knows system messages."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                                  special_tokens=["<|im_start|>", "<|im_end|>", "<|pad|>"], show_progress=False)
+    bpe.train_from_iterator([json.dumps(LINES), "system user assistant\n"] * 3, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token=pad, chat_template=template)
+
+
+def save_model(path, kind, pad=None, ends=None, scale=8.0, template=TEMPLATE, **settings):
+    """A random checkpoint of a family in a folder; its weights give peaked, context-dependent predictions."""
+    tokenizer = small_tokenizer(pad, template)
+    ids = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, vocab_size=len(tokenizer))
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **TINY | ids | settings))
+    for parameter in model.parameters():
+        if parameter.dim() > 1: parameter.data *= scale
+    if ends: model.generation_config.eos_token_id = tokenizer.convert_tokens_to_ids(ends)
+    for part in (model, tokenizer): part.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory):
+    """Folder of one family's checkpoint; the tests only read it."""
+    return save_model(tmp_path_factory.mktemp("base") / request.param, request.param, **FAMILIES[request.param])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Folder of a checkpoint where the family does not matter."""
+    return save_model(tmp_path_factory.mktemp("any"), "qwen2", **FAMILIES["qwen2"])
+
+
+def run_flags(path, tmp_path, *more):
+    """A run of one step on LINES."""
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, LINES)))
+    return ["--model", str(path), "--data", str(tmp_path / "p.jsonl"), "--out", str(tmp_path / "run"), "--steps", "1",
+            "--prompts_per_step", "4", "--group_size", "4", "--max_new_tokens", "32", "--eval_every", "0",
+            "--lr", "1e-3", *more]
+
+
+class TestModelFamilies:
+    QUESTIONS = ["Solve 3*x=5.", "x?", "Solve 7*x=8 and say how you found out what x is."]
+
+    def prompts(self, student):
+        return [ampo.encode_prompt(student.tokenizer, question) for question in self.QUESTIONS]
+
+    def test_loads_with_all_its_end_tokens(self, family):
+        """Llama 3 ends a turn with a token that only generation_config knows: without it no rollout would stop."""
+        student, expected = ampo.load_student(family, ampo.Config()), FAMILIES[Path(family).name]
+        ends = expected.get("ends", ["<|im_end|>"])
+        assert student.tokenizer.convert_ids_to_tokens(student.eos) == ends
+        assert student.tokenizer.pad_token == expected["pad"]
+        assert student.model.dtype == torch.float32 and not student.model.training
+
+    def test_sampling_equals_an_uncached_forward_pass(self, family):
+        """Position ids, padding, cache and scaling of embeddings differ between families."""
+        student = ampo.load_student(family, ampo.Config())
+        stops, prompts, lengths = student.eos + list(range(20, 50)), self.prompts(student), set()
+        torch.manual_seed(0)
+        for prompt, group in zip(prompts, ampo.generate(student.model, prompts, 8, 24, 0.8, stops)):
+            for ids, logps in group:
+                lengths.add(len(ids))
+                assert logps == pytest.approx(full_logps(student.model, prompt, ids, 0.8), abs=2e-4)
+        assert len(set(map(len, prompts))) == 3 and len(lengths) > 5
+
+    def test_greedy_equals_generate_of_transformers(self, family):
+        student = ampo.load_student(family, ampo.Config())
+        prompts, stops = self.prompts(student), student.eos + list(range(20, 50))
+        for prompt, ((ours, _),) in zip(prompts, ampo.generate(student.model, prompts, 1, 24, 0, stops)):
+            assert ours == greedy(student.model, prompt, eos_token_id=stops)
+
+    def test_scoring_equals_one_sequence_at_a_time(self, family):
+        """base_model and output head are looked up in the model: their names and what lies between them differ."""
+        student, rng = ampo.load_student(family, ampo.Config()), torch.Generator().manual_seed(0)
+        prompts = self.prompts(student)
+        responses = [torch.randint(0, 300, (n,), generator=rng).tolist() for n in (9, 1, 17)]
+        logps, mask = ampo.token_logps(student.model, prompts, responses, 0.8)
+        for row, m, prompt, response in zip(logps, mask, prompts, responses):
+            assert row[m].tolist() == pytest.approx(full_logps(student.model, prompt, response, 0.8), abs=2e-4)
+
+    def test_what_is_compared_depends_on_the_context(self, family):
+        """Otherwise the tests above would pass with a wrong mask or wrong positions."""
+        student = ampo.load_student(family, ampo.Config())
+        prompt, response = self.prompts(student)[0], list(range(60, 80))
+        exact = full_logps(student.model, prompt, response)
+        for other in (prompt[1:], [*prompt[:5], prompt[6], prompt[5], *prompt[7:]]):
+            assert max(abs(a - b) for a, b in zip(exact, full_logps(student.model, other, response))) > 0.05
+
+    @pytest.mark.parametrize("method", ["ampo", "grpo"])
+    def test_trains_and_the_result_loads_with_transformers_alone(self, family, method, tmp_path, monkeypatch):
+        if method == "grpo": monkeypatch.setattr(ampo, "verify", lambda text, gold: len(text) % 2 == 0)
+        assert ampo.main(run_flags(family, tmp_path, "--method", method)) == 0
+        row, = map(json.loads, open(tmp_path / "run" / "metrics.jsonl"))
+        assert row["logp_gap"] < 1e-3 and row["grad_norm"] > 0 and bool(row["teachers"]) == (method == "ampo")
+        saved, base = tmp_path / "run" / "model", AutoModelForCausalLM.from_pretrained(family, dtype=torch.float32)
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(saved), AutoTokenizer.from_pretrained(saved)
+        assert all(not torch.equal(a, b) for a, b in zip(model.parameters(), base.parameters()))
+        assert model.generation_config.eos_token_id == base.generation_config.eos_token_id
+        prompt = ampo.encode_prompt(tokenizer, self.QUESTIONS[0])
+        (ours, _), = ampo.generate(model, [prompt], 1, 24, 0, model.generation_config.eos_token_id)[0]
+        assert tokenizer.decode(ours) == tokenizer.decode(greedy(model, prompt))
+
+
+def greedy(model, prompt, **more):
+    ids = torch.tensor([prompt])
+    settings = dict(attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24, pad_token_id=0) | more
+    return model.generate(ids, **settings)[0, len(prompt):].tolist()
+
+
+class TestSystemPrompt:
+    SYSTEM, QUESTION = "Answer in a box.", "Solve 3*x=5."
+
+    def test_is_a_message_of_the_chat_template(self):
+        tokenizer = small_tokenizer()
+        with_it = tokenizer.decode(ampo.encode_prompt(tokenizer, self.QUESTION, self.SYSTEM))
+        without = tokenizer.decode(ampo.encode_prompt(tokenizer, self.QUESTION))
+        end = f"<|im_start|>user\n{self.QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+        assert with_it == f"<|im_start|>system\n{self.SYSTEM}<|im_end|>\n{end}" and without == end
+
+    def test_rollouts_and_traces_train_under_it(self, folder, tmp_path, monkeypatch):
+        """A trace trained on another prompt than the rollouts would teach nothing about the prompt that is used."""
+        trained, update = [], ampo.update
+        monkeypatch.setattr(ampo, "update", lambda student, optimizer, samples: (
+            trained.extend(samples), update(student, optimizer, samples))[1])
+        assert ampo.main(run_flags(folder, tmp_path, "--system", self.SYSTEM)) == 0
+        tokenizer = small_tokenizer()
+        expected = [ampo.encode_prompt(tokenizer, line["question"], self.SYSTEM) for line in LINES]
+        assert {s.source for s in trained} == {"student", "divide", "short"}
+        assert sorted(map(tuple, expected)) == sorted({tuple(s.prompt) for s in trained})
+
+    def test_rollouts_are_sampled_under_it(self, folder):
+        student = ampo.load_student(folder, ampo.Config(system=self.SYSTEM, max_new_tokens=8, group_size=2))
+        group, = ampo.rollout(student, [ampo.Problem(self.QUESTION, "5/3")], [self.QUESTION])
+        for s in group:
+            assert s.prompt == ampo.encode_prompt(student.tokenizer, self.QUESTION, self.SYSTEM)
+            assert s.old_logps == pytest.approx(full_logps(student.model, s.prompt, s.ids), abs=2e-4)
+
+    def test_comprehension_is_measured_under_it(self, folder, monkeypatch):
+        student, seen, token_logps = ampo.load_student(folder, ampo.Config(system=self.SYSTEM)), [], ampo.token_logps
+        problem, tokenizer, trace = ampo.Problem(**LINES[0]), student.tokenizer, "3*x=5\n\\boxed{1}"
+        prompt = ampo.encode_prompt(tokenizer, problem.question, self.SYSTEM)
+        encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+        before, whole = encode("3*x=5\n\\boxed{"), encode("3*x=5\n\\boxed{5/3")
+        start = len(os.path.commonprefix([before, whole]))
+        logps = full_logps(student.model, prompt + whole[:start], whole[start:])
+        score, = ampo.comprehension(student.model, tokenizer, problem, [trace], system=self.SYSTEM)
+        assert score == pytest.approx(sum(map(math.exp, logps)) / len(logps), rel=1e-3)
+        monkeypatch.setattr(ampo, "token_logps", lambda model, prompts, *rest: (
+            seen.extend(prompts), token_logps(model, prompts, *rest))[1])
+        ampo.choose_traces(student, problem, 2)
+        assert len(seen) == 2 and all(ids[:len(prompt)] == prompt for ids in seen)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What cannot be trained is refused
+
+
+class TestUnsuitableModels:
+    """Exit status 2 and a message that says why, where a model would otherwise be sampled from or trained wrongly."""
+
+    UNSUITABLE = {
+        "qwen2": dict(use_sliding_window=True, sliding_window=8, max_window_layers=0),
+        "mistral": dict(sliding_window=8),
+        "gemma3_text": dict(head_dim=8, sliding_window=8),
+        "mamba": dict(state_size=4, num_hidden_layers=2),
+        "qwen3_next": dict(head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8,
+                           linear_value_head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+                           shared_expert_intermediate_size=16, layer_types=["linear_attention", "full_attention"])}
+    # Their logits are not what the output head makes of the last hidden states.
+    CHANGED_HEADS = {
+        "gemma2": dict(head_dim=8, final_logit_softcapping=1.0, layer_types=["full_attention"] * 2),
+        "granite": dict(logits_scaling=16.0), "cohere": dict(logit_scale=0.05)}
+
+    def refuse(self, capsys, *argv):
+        capsys.readouterr()
+        status = ampo.main(list(argv))
+        message = capsys.readouterr().err.split("ampo.py: ")[1:]  # before it stands the progress bar
+        assert status == 2 and len(message) == 1 and message[0].count("\n") == 1
+        return message[0]
+
+    @pytest.mark.parametrize("kind", UNSUITABLE)
+    def test_other_caches_are_refused(self, tmp_path, capsys, kind):
+        path = save_model(tmp_path / "base", kind, **self.UNSUITABLE[kind])
+        flags = run_flags(path, tmp_path)
+        assert kind in self.refuse(capsys, *flags, "--method", "grpo")
+        assert kind in self.refuse(capsys, "eval", *flags, "--samples", "2")
+
+    @pytest.mark.parametrize("kind", ["recurrent_gemma", "rwkv"])
+    def test_caches_that_fail_before_they_are_looked_at(self, tmp_path, capsys, kind):
+        """One raises inside transformers' first forward pass, the other leaves the cache it was given empty."""
+        path = save_model(tmp_path / "base", kind)
+        assert kind in self.refuse(capsys, "eval", *run_flags(path, tmp_path), "--samples", "2")
+
+    @pytest.mark.parametrize("kind", CHANGED_HEADS)
+    def test_changed_heads_are_refused_in_training(self, tmp_path, capsys, kind):
+        path = save_model(tmp_path / "base", kind, scale=16.0, **self.CHANGED_HEADS[kind])
+        assert "disagree" in self.refuse(capsys, *run_flags(path, tmp_path))
+        assert not (tmp_path / "run" / "model").exists()
+
+    @pytest.mark.parametrize("kind, neutral", [
+        ("gemma2", dict(final_logit_softcapping=None)), ("granite", dict(logits_scaling=1.0)),
+        ("cohere", dict(logit_scale=1.0))])
+    def test_the_same_families_train_with_a_plain_head(self, tmp_path, kind, neutral):
+        path = save_model(tmp_path / "base", kind, **self.CHANGED_HEADS[kind] | neutral)
+        assert ampo.main(run_flags(path, tmp_path)) == 0
+
+    def test_without_chat_template(self, tmp_path, capsys):
+        path = save_model(tmp_path / "base", "qwen2", template=None)
+        assert "chat template" in self.refuse(capsys, *run_flags(path, tmp_path))
+        assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# §4 on CUDA, without CUDA
+
+
+class Tape(TorchDispatchMode):
+    """What a CUDA graph does, on any device: operations recorded on the very tensors they saw, Python left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a graph cannot read a number back"
+        out = func(*args, **kwargs or {})
+        self.operations.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        for func, args, kwargs, out in self.operations:
+            for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs))):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr(): old.copy_(new)
+
+
+def fill_new_memory(monkeypatch):
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *size, **more: new_empty(x, *size, **more).fill_(math.nan))
+
+
+class TestWindow:
+    PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15], [16]]
+    STOPS, N, T = [20, 21, 22], 10, 60
+
+    def sample(self, model, span, temperature=1.0):
+        torch.manual_seed(0)
+        return ampo.generate(model, self.PROMPTS, self.N, self.T, temperature, self.STOPS, span=span)
+
+    @pytest.mark.parametrize("span", [1, 3, 16, 64])
+    @pytest.mark.parametrize("temperature", [1.0, 0.7])
+    def test_logps_equal_an_uncached_forward_pass(self, model, monkeypatch, span, temperature):
+        """Fresh memory holds NaN, so that a slot which is read before it is written would show."""
+        fill_new_memory(monkeypatch)
+        groups = self.sample(model, span, temperature)
+        for prompt, group in zip(self.PROMPTS, groups):
+            for ids, logps in group:
+                assert logps == pytest.approx(full_logps(model, prompt, ids, temperature), abs=2e-4)
+        assert len({len(ids) for group in groups for ids, _ in group}) > 10
+        assert max(len(ids) for group in groups for ids, _ in group) > 3 * 16  # the window of 16 opened several times
+
+    @pytest.mark.parametrize("span", [3, 16, 64])
+    def test_span_changes_nothing(self, model, span):
+        ids = [[[r for r, _ in group] for group in self.sample(model, s, 0)] for s in (1, span)]
+        assert ids[0] == ids[1]
+
+    @pytest.mark.parametrize("span", [1, 16, 64])
+    def test_steps_can_be_recorded_and_replayed(self, model, monkeypatch, span):
+        """A graph reads the memory it was recorded on and nothing else: a tensor that is rebound between captures, or
+        a number that Python hands in, stays for ever what it was."""
+        expected, recorded, calls, forward = self.sample(model, span), [], [], model.forward
+
+        def replayed(step, device):
+            step()
+            with Tape() as tape: logits = step()
+            logits.fill_(math.nan)  # recording computes nothing
+            recorded.append(calls[-1])
+            return lambda: tape.replay() or logits
+
+        with monkeypatch.context() as patch:
+            fill_new_memory(patch)
+            patch.setattr(ampo, "replayed", replayed)
+            patch.setattr(model, "forward", lambda **inputs: (
+                calls.append((-len(inputs["input_ids"]), inputs["attention_mask"].shape[-1])), forward(**inputs))[1])
+            groups = self.sample(model, span)
+        assert [[ids for ids, _ in g] for g in groups] == [[ids for ids, _ in g] for g in expected]
+        for prompt, group in zip(self.PROMPTS, groups):
+            for ids, logps in group:
+                assert logps == pytest.approx(full_logps(model, prompt, ids), abs=2e-4)
+        # A graph is recorded when rows leave or the window opens, and at no other time.
+        assert recorded == sorted(set(recorded)) and len(calls) == 1 + 2 * len(recorded)
+        assert len({rows for rows, _ in recorded}) > 2 and {window % span for _, window in recorded} == {0}
+        assert span == 1 or len(recorded) < 30
+
+    def test_prefill_repeats_each_prompt_for_its_rows(self, model):
+        with torch.inference_mode():
+            logits, cache, mask, lengths, slot = ampo.prefill(model, self.PROMPTS, 3, 20)
+        assert logits.shape == (9, 60) and mask.shape == (9, 1, 1, 20)
+        assert lengths.tolist() == [3] * 3 + [8] * 3 + [1] * 3 and slot.tolist() == [8]
+        with torch.no_grad():
+            for i, prompt in enumerate(self.PROMPTS):
+                alone = model(torch.tensor([prompt]), use_cache=True)
+                seen = [False] * (8 - len(prompt)) + [True] * len(prompt) + [False] * 12
+                for row in range(3 * i, 3 * i + 3):
+                    assert torch.allclose(logits[row], alone.logits[0, -1], atol=1e-4)
+                    assert mask[row, 0, 0].tolist() == [0.0 if s else -math.inf for s in seen]
+                    for slab, layer in zip(cache.layers, alone.past_key_values.layers):
+                        assert slab.keys.shape == slab.values.shape == (9, 2, 20, 8)
+                        for x, y in ((slab.keys, layer.keys), (slab.values, layer.values)):
+                            assert torch.allclose(x[row, :, 8 - len(prompt):8], y[0], atol=1e-4)
+
+    def test_responses_are_cut_after_their_first_stop_token(self):
+        ids = torch.tensor([[4, 9, 5, 9], [5, 5, 5, 5], [8, 1, 1, 1], [1, 2, 3, 9], [1, 1, 8, 9], [9, 8, 9, 8]])
+        logps = -torch.arange(24.0).view(6, 4)
+        groups = ampo.cut_responses(ids, logps, torch.tensor([9, 8]), 2)
+        assert [[r for r, _ in group] for group in groups] == [
+            [[4, 9], [5, 5, 5, 5]], [[8], [1, 2, 3, 9]], [[1, 1, 8], [9]]]
+        assert [[p for _, p in group] for group in groups] == [
+            [[0, -1], [-4, -5, -6, -7]], [[-8], [-12, -13, -14, -15]], [[-16, -17, -18], [-20]]]
+        unstopped = ampo.cut_responses(ids, logps, torch.tensor([], dtype=torch.long), 3)
+        assert [[r for r, _ in group] for group in unstopped] == [ids[:3].tolist(), ids[3:].tolist()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# §5 for large vocabularies and deep models
+
+
+class Widest(TorchDispatchMode):
+    """The most rows that any tensor over the whole vocabulary had, forward and backward; (32, V) is the head itself."""
+
+    def __init__(self, vocab):
+        super().__init__()
+        self.vocab, self.rows = vocab, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.dim() > 1 and x.shape[-1] == self.vocab and x.shape[0] != 32:
+                self.rows = max(self.rows, x.numel() // self.vocab)
+        return out
+
+
+class TestHeadInChunks:
+    RESPONSES = [[5 + i % 50 for i in range(40)], [7, 9, 1], [11 + i % 40 for i in range(62)], [12] * 30]
+    PROMPTS = [[3, 4], [5] * 9, [6], [7, 8, 9]]
+
+    def model_of(self, tied):
+        """A head that says it has 2^22 outputs is computed for 2^26 / 2^22 = 16 tokens at a time."""
+        model = random_model(vocab=61, tie_word_embeddings=tied)
+        model.lm_head.out_features = 2**22
+        return model
+
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_equals_full_logits_in_value_and_gradient(self, tied):
+        model, twin = self.model_of(tied), random_model(vocab=61, tie_word_embeddings=tied)
+        logps, mask, entropy, _ = ampo.score(model, self.PROMPTS, self.RESPONSES, 0.7)
+        (2 * logps - entropy)[mask].mean().backward()
+        total = 0
+        for prompt, response, row, bits, m in zip(self.PROMPTS, self.RESPONSES, logps, entropy, mask):
+            log_p = (twin(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1] / 0.7).log_softmax(-1)
+            exact, spread = log_p.gather(1, torch.tensor(response)[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+            assert torch.allclose(row[m], exact, atol=1e-4) and torch.allclose(bits[m], spread, atol=1e-4)
+            assert (row[~m] == 0).all() and (bits[~m] == 0).all()
+            total = total + (2 * exact - spread).sum()
+        (total / sum(map(len, self.RESPONSES))).backward()
+        for a, b in zip(model.parameters(), twin.parameters()):
+            assert torch.allclose(a.grad, b.grad, atol=1e-5, rtol=1e-3) and b.grad.abs().sum() > 0
+
+    def test_logits_never_exist_for_all_tokens_together(self, monkeypatch):
+        """They would be the largest tensor of a run by far: 152k logits for each of 100k tokens."""
+        sizes, read_head, model = [], ampo.read_head, self.model_of(False)
+        monkeypatch.setattr(ampo, "read_head", lambda head, states, *rest: (
+            sizes.append(len(states)), read_head(head, states, *rest))[1])
+        with Widest(61) as widest:
+            logps, *_ = ampo.score(model, self.PROMPTS, self.RESPONSES)
+            forward = list(sizes)
+            logps.sum().backward()
+        count = sum(map(len, self.RESPONSES))
+        assert forward == [16] * (count // 16) + [count % 16] and count % 16
+        assert len(sizes) == 2 * len(forward)  # the backward pass computes them again instead of keeping them
+        assert widest.rows == 16
+
+    def test_a_vocabulary_beyond_all_measure_still_takes_a_token_at_a_time(self):
+        model, plain = self.model_of(False), random_model(vocab=61)
+        model.lm_head.out_features = 2**27
+        ours, theirs = (ampo.token_logps(m, [[5]], [[6, 7]])[0] for m in (model, plain))
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+class TestRecompute:
+    PROMPTS, RESPONSES = [[5, 6, 7], [8], [9, 10, 11, 12]], [[13, 14], [15, 16, 17, 18, 1], [1]]
+
+    def student(self, folder, recompute=True):
+        return ampo.load_student(folder, ampo.Config(recompute=recompute))
+
+    def test_gradient_stays_the_same_and_layers_run_again(self, folder):
+        gradients, runs = [], []
+        for recompute in (False, True):
+            student, calls = self.student(folder, recompute), []
+            student.model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+            logps, _ = ampo.token_logps(student.model, self.PROMPTS, self.RESPONSES)
+            forward = len(calls)
+            logps.sum().backward()
+            runs.append((forward, len(calls)))
+            gradients.append([p.grad for p in student.model.parameters()])
+        assert runs == [(1, 1), (1, 2)]
+        assert all(torch.allclose(a, b, atol=1e-6) and a.abs().sum() > 0 for a, b in zip(*gradients))
+
+    @pytest.mark.parametrize("recompute", [False, True])
+    def test_dropout_stays_off(self, tmp_path, recompute):
+        """With dropout the first ratio would not be 1; checkpointing of transformers asks for training mode."""
+        student = self.student(save_model(tmp_path, "qwen2", attention_dropout=0.5), recompute)
+        assert student.model.config.attention_dropout == 0.5
+        logps, mask = ampo.token_logps(student.model, self.PROMPTS, self.RESPONSES)
+        for row, m, prompt, response in zip(logps, mask, self.PROMPTS, self.RESPONSES):
+            assert row[m].tolist() == pytest.approx(full_logps(student.model, prompt, response), abs=1e-4)
+        assert not any(module.training for module in student.model.modules())
+
+    def test_dropout_of_a_whole_layer_stays_off(self, tmp_path):
+        """OPT drops out in the layer itself, which is what checkpointing puts into training mode."""
+        student = self.student(save_model(tmp_path, "opt", ffn_dim=64, word_embed_proj_dim=32, dropout=0.5), False)
+        for prompt, response in zip(self.PROMPTS, self.RESPONSES):
+            logps, _ = ampo.token_logps(student.model, [prompt], [response])
+            assert logps[0].tolist() == pytest.approx(full_logps(student.model, prompt, response), abs=1e-4)
+
+    def test_sampling_keeps_its_cache(self, folder):
+        """Transformers drop the cache of a model that is checkpointed while training."""
+        student = self.student(folder)
+        ampo.token_logps(student.model, self.PROMPTS, self.RESPONSES)[0].sum().backward()
+        widths, forward = [], student.model.model.forward
+        student.model.model.forward = lambda input_ids=None, **more: (
+            widths.append(input_ids.shape[1]), forward(input_ids=input_ids, **more))[1]
+        groups = ampo.generate(student.sampler, self.PROMPTS, 4, 12)
+        assert widths == [4] + [1] * 11  # each prompt is read once, then a token at a time
+        for prompt, group in zip(self.PROMPTS, groups):
+            for ids, logps in group:
+                assert logps == pytest.approx(full_logps(student.model, prompt, ids), abs=2e-4)
+
+    def test_a_run_with_it_is_a_run_without_it(self, folder, tmp_path):
+        rows = []
+        for name, more in (("a", []), ("b", ["--recompute"])):
+            (tmp_path / name).mkdir()
+            assert ampo.main(run_flags(folder, tmp_path / name, *more)) == 0
+            rows.append(json.loads((tmp_path / name / "run" / "metrics.jsonl").read_text()))
+        for column in ("reward", "entropy", "response_length", "grad_norm"):
+            assert rows[0][column] == pytest.approx(rows[1][column], rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# §7 Rollouts in passes, a sampler in bfloat16
+
+
+class TestPasses:
+    QUESTIONS = [f"Solve {a}*x={'17' * (1 + 6 * (a % 4))}." for a in range(2, 13)]
+
+    def rollouts(self, make_student, monkeypatch, cache_tokens):
+        student, calls, generate = make_student(max_new_tokens=10, cache_tokens=cache_tokens), [], ampo.generate
+        monkeypatch.setattr(ampo, "generate", lambda model, prompts, *rest: (
+            calls.append(prompts), generate(model, prompts, *rest))[1])
+        problems = [ampo.Problem(question, "1") for question in self.QUESTIONS]
+        student.sampled = 5
+        groups = ampo.rollout(student, problems, self.QUESTIONS)
+        monkeypatch.setattr(ampo, "generate", generate)
+        return student, calls, groups
+
+    @pytest.mark.parametrize("cache_tokens, size", [(1, 1), (4 * 2, 1), (2.5, 2), (3, 3), (5, 5), (40000, 11)])
+    def test_hold_no_more_than_the_cache(self, make_student, monkeypatch, tokenizer, cache_tokens, size):
+        prompts = [ampo.encode_prompt(tokenizer, question) for question in self.QUESTIONS]
+        row = 4 * (max(map(len, prompts)) + 10)
+        budget = cache_tokens if cache_tokens in (1, 8, 40000) else int(cache_tokens * row)
+        student, calls, groups = self.rollouts(make_student, monkeypatch, budget)
+        assert [len(call) for call in calls] == [size] * (11 // size) + [11 % size] * (11 % size > 0)
+        assert sum(calls, []) == prompts and all(len(c) * row <= max(budget, row) for c in calls)
+        assert [len(group) for group in groups] == [4] * 11
+        for group, prompt in zip(groups, prompts):
+            for s in group:
+                assert s.prompt == prompt
+                assert s.old_logps == pytest.approx(full_logps(student.model, prompt, s.ids), abs=2e-4)
+        assert student.sampled == 5 + sum(len(s.ids) for group in groups for s in group)
+
+    def test_no_problems_no_passes(self, make_student, monkeypatch):
+        student = make_student()
+        assert ampo.rollout(student, [], []) == [] and student.sampled == 0
+
+
+class TestLowPrecisionSampler:
+    """On CUDA a bfloat16 copy samples and the float32 masters train."""
+
+    def student(self, make_student):
+        student = make_student(max_new_tokens=24, lr=1e-2)
+        student.sampler = copy.deepcopy(student.model).bfloat16()
+        return student
+
+    def test_is_close_to_its_master(self, make_student, tokenizer):
+        student = self.student(make_student)
+        prompts = [ampo.encode_prompt(tokenizer, question) for question in ("Solve 3*x=5.", "x", "Solve 11*x+4=5.")]
+        torch.manual_seed(0)
+        for prompt, group in zip(prompts, ampo.generate(student.sampler, prompts, 6, 24, 1.0, student.eos, span=16)):
+            responses = [ids for ids, _ in group]
+            logps, mask = ampo.token_logps(student.model, [prompt] * 6, responses)
+            sampled, _ = ampo.pad([p for _, p in group], "cpu")
+            assert sampled.dtype == torch.float32 and torch.isfinite(sampled).all()
+            assert 0 < (logps - sampled)[mask].abs().mean() < 0.05
+
+    def test_follows_its_master_in_every_update(self, make_student):
+        """Updated by itself it would not move: a step of 1e-6 vanishes beside a bfloat16 weight."""
+        student = self.student(make_student)
+        before = [p.clone() for p in student.sampler.parameters()]
+        optimizer = torch.optim.AdamW(student.model.parameters(), 1e-2)
+        s = ampo.Sample([2, 3], [5, 6, 7], [-1.0] * 3, "", True, 1.0, advantages=[1.0] * 3)
+        assert ampo.update(student, optimizer, [s])["grad_norm"] > 0
+        for low, master, old in zip(student.sampler.parameters(), student.model.parameters(), before):
+            assert low.dtype == torch.bfloat16 and torch.equal(low, master.bfloat16())
+        assert any(not torch.equal(p, old) for p, old in zip(student.sampler.parameters(), before))
+        assert {p.dtype for p in student.model.parameters()} == {torch.float32}
+
+    def test_a_step_trains_the_masters(self, make_student, monkeypatch):
+        """On-policy ratios near 1: the sampler's log-probabilities, not the masters', are the denominator."""
+        student = self.student(make_student)
+        monkeypatch.setattr(ampo, "verify", lambda text, gold: len(text) % 2 == 0)
+        optimizer = torch.optim.AdamW([*student.model.parameters(), *student.critic.parameters()], 1e-3)
+        row = ampo.train_step(student, optimizer, [ampo.Problem(**line) for line in LINES], 0)
+        assert 1e-6 < row["logp_gap"] < 0.05 and row["grad_norm"] > 0
