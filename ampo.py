@@ -17,6 +17,7 @@ problems one would most like to learn. This file has the published answers to th
     python ampo.py                                         # AMPO on the embedded miniature: minutes on two CPU cores
     python ampo.py --method grpo                           # the same with another method; --help lists all flags
     python ampo.py eval --model runs/ampo-0/model          # pass@k of a checkpoint
+    torchrun --nproc_per_node=2 ampo.py --model ...        # a process a GPU: they share the problems of a step
 
 Read it top to bottom; data flows one way: problem -> prompt -> rollouts -> verdicts -> guidance -> advantages ->
 objective -> update. What keeps it small is that every sample carries the log-probability of its tokens under whatever
@@ -40,9 +41,9 @@ Paper                                                                       Equa
     GHPO   arXiv 2507.10628  objective (Eq. 1), hints of ¼, ½, ¾            guide_ghpo
     Where papers and official code disagree, --follow code (default: it produced the papers' numbers) or paper decides.
 
-Left out, and where to find it: a KL penalty (off in the official runs) and dual clipping at 10 (rarely active), model
-and sequence parallelism and a serving engine (verl, on which the official AMPO runs), LoRA (peft), judges other than
-the verifier, tool use and multi-turn chat.
+Left out, and where to find it: a KL penalty (off in the official runs) and dual clipping at 10 (rarely active), models
+that need more than one device and a serving engine (verl, on which the official AMPO runs), LoRA (peft), sliding-window
+and recurrent models (refused), judges other than the verifier, tool use and multi-turn chat.
 """
 import argparse, copy, functools, json, math, os, random, re, shutil, signal, sys, time
 from collections import Counter
@@ -487,12 +488,12 @@ def score(model, prompts, responses, temperature: float = 1.0, critic=None):
     targets, mask = pad(responses, ids.device)  # (B, T)
     # The state before a token predicts it: the response's places (B, L), moved left by one.
     places = pad([[False] * len(p) + [True] * len(r) for p, r in zip(prompts, responses)], ids.device)[0].roll(-1, 1)
-    head, blocks = model.get_output_embeddings(), [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    head, units = model.get_output_embeddings(), [m for m in model.modules() if getattr(m, "gradient_checkpointing", 0)]
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"):
-        for block in blocks: block.training = True  # what --recompute looks at; the dropout inside stays off
+        for unit in units: unit.training = True  # what --recompute looks at; the dropout inside stays off
         # Padding stands on the right, where causal attention never looks back at it: no attention mask is needed.
         states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[places]  # (response tokens, H)
-        for block in blocks: block.training = False
+        for unit in units: unit.training = False
         size = max(1, 2**26 // head.out_features)  # tokens at a time: 256 MB of logits
         chunks = zip(states.split(size), targets[mask].split(size))
         parts = [torch.utils.checkpoint.checkpoint(read_head, head, *chunk, temperature, use_reentrant=False)
@@ -938,7 +939,7 @@ def load_student(path: str, cfg: Config) -> Student:
     logging.disable_progress_bar()
     tokenizer = attempt(f"{path}: no tokenizer in it", AutoTokenizer.from_pretrained, path)
     model = attempt(f"{path}: no model in it", AutoModelForCausalLM.from_pretrained, path, dtype=torch.float32)
-    refuse(not tokenizer.chat_template, f"{path}: its tokenizer has no chat template")
+    attempt(f"{path}: no chat template that works", encode_prompt, tokenizer, "1+1?", cfg.system)
     # A cache or an output head of another kind would be sampled or scored wrongly, so both are tried. The model stays
     # in eval mode, as it was loaded: dropout would take the first ratio away from 1.
     (ids, logps), = attempt(f"{path}: cannot sample from {model.config.model_type}", generate, model, [[0, 1]], 1, 4)[0]
@@ -1063,9 +1064,9 @@ def open_run(cfg: Config, given: dict) -> tuple[Config, Path | None]:
     out = Path(cfg.out or f"runs/{cfg.method}-{cfg.seed}")
     refuse(not cfg.resume and any(out.glob("*")), f"--out {out}: is taken; --resume goes on, another --out starts anew")
     refuse(cfg.resume and not (out / "metrics.jsonl").exists(), f"--resume: {out} holds no run to continue")
-    saved = [out / name for name in ("model", "model.old") if cfg.resume and (out / name / "run.json").exists()]
-    flags = attempt(f"{saved[0]}/run.json: damaged", json.loads, (saved[0] / "run.json").read_text()) if saved else {}
-    return Config(**(flags or asdict(cfg)) | given | {"out": str(out)}), saved[0] if saved else None
+    saved = [out / name for name in ("model", "model.old") if cfg.resume and (out / name).exists()]
+    if saved: cfg = attempt(f"{saved[0]}: damaged", lambda: Config(**json.loads((saved[0] / "run.json").read_text())))
+    return replace(cfg, **given | {"out": str(out)}), saved[0] if saved else None
 
 
 def load_inputs(student: Student):
@@ -1095,22 +1096,22 @@ def train(cfg: Config, checkpoint: Path | None = None) -> int:
     student = load_student(str(checkpoint or cfg.model), cfg)
     data, valid, sets = load_inputs(student)
     weights = [*student.model.parameters(), *student.critic.parameters()]
-    optimizer = torch.optim.AdamW(weights, cfg.lr, weight_decay=0.1, fused=True)
+    adam = torch.optim.AdamW(weights, cfg.lr, weight_decay=0.1, fused=True)
     out.mkdir(parents=True, exist_ok=True), metrics_file.open("a" if checkpoint else "w").close()
-    done = restore(student, optimizer, checkpoint, metrics_file) if checkpoint else 0
+    done = restore(student, adam, checkpoint, metrics_file) if checkpoint else 0
     stop = []  # the first Ctrl-C lets the step finish, so that what is saved is whole; the second one ends at once
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(True))
     bar = tqdm(range(done, cfg.steps), initial=done, total=cfg.steps, desc=cfg.method, disable=rank > 0)
     for step in bar:
         torch.manual_seed(hash((cfg.seed, step, rank)))  # a function of the step alone: nothing to save for --resume
-        metrics = train_step(student, optimizer, [data[i] for i in batch_indices(len(data), step, cfg)][rank::ranks], step)
+        metrics = train_step(student, adam, [data[i] for i in batch_indices(len(data), step, cfg)][rank::ranks], step)
         if valid and (step + 1) % cfg.eval_every == 0:
             metrics["valid"] = evaluate(student, valid, cfg.group_size, 0.6)[0]["pass@1"]
         if rank > 0: continue
         with open(metrics_file, "a") as file: file.write(json.dumps(metrics) + "\n")
         bar.set_postfix({name: metrics[name] for name in ("reward", "fail_rate", "rescued", "entropy", "tokens_per_s")})
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or stop:
-            attempt(f"{out}: no checkpoint written", save_checkpoint, student, optimizer, step + 1, out)
+            attempt(f"{out}: no checkpoint written", save_checkpoint, student, adam, step + 1, out)
         if stop: return tqdm.write(f"stopped after step {step + 1}; go on: python ampo.py --resume --out {out}") or 130
     if sets and rank == 0: report(student, sets, out)
     if rank == 0: print(f"run: {out}   metrics: {metrics_file}   checkpoint: {out / 'model'}")

@@ -6,6 +6,7 @@ have a test each; their names begin with test_mistake.
 """
 import copy
 import doctest
+import errno
 import importlib
 import inspect
 import itertools
@@ -14,12 +15,15 @@ import math
 import os
 import random
 import re
+import resource
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 
@@ -31,8 +35,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config,
-                          Qwen2ForCausalLM)
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast,
+                          Qwen2Config, Qwen2ForCausalLM)
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -1854,3 +1858,440 @@ class TestLowPrecisionSampler:
         optimizer = torch.optim.AdamW([*student.model.parameters(), *student.critic.parameters()], 1e-3)
         row = ampo.train_step(student, optimizer, [ampo.Problem(**line) for line in LINES], 0)
         assert 1e-6 < row["logp_gap"] < 0.05 and row["grad_norm"] > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs of a tenth of a second a step, and Python in another process
+
+
+def few_problems(folder):
+    """Flags for tiny runs on the first problems of the miniature. The first steps have groups of all kinds."""
+    lines = (HERE / "data" / "train.jsonl").read_text().splitlines(keepends=True)
+    (folder / "few.jsonl").write_text("".join(lines[:40]))
+    return ["--model", BASE, "--data", str(folder / "few.jsonl"), "--prompts_per_step", "2", "--group_size", "2",
+            "--max_new_tokens", "32", "--updates", "1", "--eval_every", "0", "--save_every", "1"]
+
+
+def same_run(one, other):
+    """Equal metrics, and equal weights bit for bit."""
+    a, b = weights_of(one), weights_of(other)
+    return metrics_of(one) == metrics_of(other) and a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def calling(name, *args):
+    """The program that calls a function of this file."""
+    test = Path(__file__)
+    return f"import sys; sys.path.insert(0, {str(test.parent)!r}); import {test.stem}; {test.stem}.{name}(*{args!r})"
+
+
+def torchrun(script, *argv):
+    """A script in two processes; returns how it ended. What hangs fails by the time limit, generous for a busy CPU:
+    torchrun then ends its processes on SIGTERM, but could not on SIGKILL."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), *argv]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    try:
+        said = process.communicate(timeout=120)
+    finally:
+        process.terminate(), process.wait()
+    return subprocess.CompletedProcess(command, process.returncode, *said)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# §8 Several processes
+
+
+def guided_samples():
+    """Off-policy samples with ratios far apart, so that each rank alone would measure another γ."""
+    return [sample_of([5, 6, 7], old_logps=[-9.0, -2.0, -1.0], advantages=[0.7] * 3, off_policy=True),
+            sample_of([16, 17], old_logps=[-0.1, -0.2], advantages=[-0.4] * 2, off_policy=True)]
+
+
+def shares():
+    """What each of two ranks has in its update, by case."""
+    silent = [sample_of([5, 6], advantages=[0.0] * 2), sample_of([5, 6, 7], advantages=[0.0] * 3, off_policy=True)]
+    mixed, guided = mixed_samples(), guided_samples()
+    return {"uneven": (mixed[:3] + guided[:1], guided[1:]), "on against off": (mixed[:2] + mixed[3:], guided),
+            "one silent": (silent, mixed + guided), "one empty": (mixed + guided, []), "both silent": (silent, silent)}
+
+
+UPDATES = [dict(method="ampo", follow="code"), dict(method="ampo", follow="paper"), dict(method="guide", follow="code"),
+           dict(method="guide", follow="paper"), dict(method="ampo", advantage="gae")]
+
+
+def moved_by_update(samples, flags):
+    """Parameters of model and value head after one update by SGD with lr 1, how far that was before the gradient was
+    shortened to norm 1, and the update's statistics."""
+    critic = torch.nn.Linear(32, 1)
+    for weight in critic.parameters():
+        weight.data.zero_()
+    model, cfg = random_model(scale=1.0), ampo.Config(max_new_tokens=40, micro_tokens=16, **flags)
+    student = ampo.Student(model, model, None, critic, [1], cfg)
+    weights = [*model.parameters(), *critic.parameters()]
+    for sample in samples:
+        sample.values = [0.2] * len(sample.ids)
+    before = [weight.detach().clone() for weight in weights]
+    stats = ampo.update(student, torch.optim.SGD(weights, lr=1.0), samples)
+    after = [weight.detach().clone() for weight in weights]
+    scale = [max(1, stats["grad_norm"])] * (len(weights) - 2) + [1, 1]
+    return after, [(b - a) * s for b, a, s in zip(before, after, scale)], stats
+
+
+def updates_of_this_rank(folder):
+    """Run by torchrun: every case of shares() with every line of UPDATES."""
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    results = {(case, i): moved_by_update(share[rank], flags) for i, flags in enumerate(UPDATES)
+               for case, share in shares().items()}
+    torch.save(results, Path(folder) / f"{rank}.pt")
+
+
+def record_and_die(folder, argv):
+    """Run by torchrun: ampo.main that notes every rollout, and in which rank 1 dies at step 1."""
+    rank, judge, train_step = int(os.environ["RANK"]), ampo.judge, ampo.train_step
+
+    def noted(*args):
+        sample = judge(*args)
+        with open(Path(folder) / f"{rank}.jsonl", "a") as file:
+            file.write(json.dumps({"tokens": len(sample.ids), "reward": sample.reward, "problem": args[1].where,
+                                   "seed": torch.initial_seed()}) + "\n")
+        return sample
+
+    def deadly(student, optimizer, problems, step):
+        if (rank, step) == (1, 1):
+            ampo.gather((0, 0, 0))  # what set_weights gathers: by now the other rank has saved step 0
+            os._exit(3)
+        return train_step(student, optimizer, problems, step)
+    ampo.judge, ampo.train_step = noted, deadly
+    sys.exit(ampo.main(argv))
+
+
+@pytest.fixture(scope="class")
+def pair(tmp_path_factory):
+    """A whole run of three steps in two processes: its folder, its flags, and how it ended."""
+    folder = tmp_path_factory.mktemp("pair")
+    flags = [*few_problems(folder), "--prompts_per_step", "4", "--steps", "3", "--eval_every", "3", "--samples", "2"]
+    shutil.copy(folder / "few.jsonl", folder / "all.jsonl")
+    for name in ("valid", "test"):
+        (folder / f"{name}.jsonl").write_text("".join((folder / "all.jsonl").open().readlines()[:2]))
+    return folder / "whole", flags, torchrun(ampo.__file__, *flags, "--out", str(folder / "whole"))
+
+
+class TestTorchrun:
+    def test_update_of_two_ranks_is_that_of_one_process_on_all_samples(self, tmp_path):
+        """Normalisers, γ and gradients of one rank only; a rank without samples that waits for nobody, or for ever."""
+        (tmp_path / "rank.py").write_text(calling("updates_of_this_rank", str(tmp_path)))
+        run = torchrun(tmp_path / "rank.py")
+        assert run.returncode == 0, run.stderr
+        first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+        for (case, i), (after, gradient, stats) in first.items():
+            assert all(torch.equal(a, b) for a, b in zip(after, second[case, i][0])), (case, UPDATES[i])
+            _, expected, whole = moved_by_update(sum(shares()[case], []), UPDATES[i])
+            assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(gradient, expected)), (case, UPDATES[i])
+            assert stats["grad_norm"] == second[case, i][2]["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
+            assert (stats["grad_norm"] > 0) == (case != "both silent")
+            for name in ("tokens", "clipped", "gap"):
+                assert stats[name] + second[case, i][2][name] == pytest.approx(whole[name], rel=1e-4)
+
+    def test_one_log_one_report_and_one_checkpoint(self, pair):
+        """Both ranks writing, printing or saving."""
+        out, _, run = pair
+        assert run.returncode == 0, run.stderr
+        assert [row["step"] for row in metrics_of(out)] == [0, 1, 2] and "valid" in metrics_of(out)[2]
+        for line in ("base -> trained", "Problem:", "run: "):
+            assert run.stdout.count(line) == 1
+        assert run.stderr.count("0/3 [00:00<?, ?it/s]") == 1
+        assert sorted(path.name for path in out.iterdir()) == ["metrics.jsonl", "model"]
+        weights, base = weights_of(out), AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).state_dict()
+        assert any(not torch.equal(weights[name], base[name]) for name in base)
+
+    def test_a_rank_that_dies_ends_the_other_and_resuming_gives_the_whole_run(self, pair, tmp_path):
+        """A hang; metrics of one rank's groups only; random numbers or problems that differ after --resume."""
+        whole, flags, _ = pair
+        out = tmp_path / "run"
+        program = calling("record_and_die", str(tmp_path), [*flags, "--out", str(out)])
+        (tmp_path / "rank.py").write_text(program)
+        assert torchrun(tmp_path / "rank.py").returncode != 0
+        assert time.time() - (tmp_path / "1.jsonl").stat().st_mtime < 60
+        notes = [[json.loads(line) for line in (tmp_path / f"{rank}.jsonl").open()] for rank in (0, 1)]
+        row, = metrics_of(out)
+        assert weights_of(out) and torch.load(out / "model" / "state.pt")["step"] == 1
+        # Rank 0 has begun step 1 alone: its first four rollouts are those of step 0, as are all of rank 1's.
+        first, second = notes[0][:4], notes[1]
+        assert len(second) == 4 and first[0]["seed"] != second[0]["seed"]  # else their samples are correlated
+        assert len({note["problem"] for note in first + second}) == 4
+        assert row["tokens"] == sum(note["tokens"] for note in first + second)
+        assert row["reward"] == pytest.approx(sum(note["reward"] for note in first + second) / 8)
+        run = torchrun(ampo.__file__, "--resume", "--out", str(out))
+        assert run.returncode == 0, run.stderr
+        assert same_run(out, whole)
+
+    def test_problems_that_cannot_be_shared_evenly(self, pair, tmp_path):
+        """Ranks with unequal numbers of updates would wait for each other for ever."""
+        run = torchrun(ampo.__file__, *pair[1], "--prompts_per_step", "3", "--out", str(tmp_path / "run"))
+        assert run.returncode != 0 and "ampo.py: --prompts_per_step 3: no multiple of 2 processes\n" in run.stderr
+        assert f'File "{ampo.__file__}"' not in run.stderr and not (tmp_path / "run").exists()  # torchrun's own shows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# §8 Faults
+
+
+def live(argv):
+    """Fork a process that runs ampo.main; returns its id and a pipe that gets a byte at the start of each step."""
+    read, write = os.pipe()
+    if pid := os.fork():
+        os.close(write)
+        return pid, read
+    try:
+        batch_indices = ampo.batch_indices
+        ampo.batch_indices = lambda *args: os.write(write, b".") and batch_indices(*args)
+        os._exit(ampo.main(argv))
+    finally:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def kill_often(flags, whole, out, kills):
+    """Run in a fresh process, where forking is safe: an uninterrupted run, and one killed at random moments."""
+    torch.set_num_threads(1)
+    rng, out = random.Random(0), Path(out)
+    pid, pipe = live([*flags, "--out", whole])
+    os.read(pipe, 1)
+    began, steps = time.perf_counter(), 1 + len(b"".join(iter(lambda: os.read(pipe, 100), b"")))
+    a_step = (time.perf_counter() - began) / steps
+    assert os.waitpid(pid, 0)[1] == 0
+    for kill in range(kills + 1):
+        known = (out / "metrics.jsonl").exists()
+        pid, pipe = live([*flags, "--out", str(out), *["--resume"] * known])
+        if kill < kills:
+            for _ in range(rng.randrange(3)):
+                os.read(pipe, 1)
+            time.sleep(rng.uniform(0, 1.2 * a_step))
+            os.kill(pid, signal.SIGKILL)
+        status = os.waitpid(pid, 0)[1]
+        os.close(pipe)
+        assert status == signal.SIGKILL * (kill < kills), (kill, status)
+
+
+class FileOperations:
+    """Calls watch(name) before each file operation of save_checkpoint in this process, and in the middle of those two
+    that are not Python's, with the file half written."""
+
+    def __init__(self, monkeypatch, watch):
+        self.watch, self.on = watch, False
+        sys.addaudithook(self.hook)  # Python cannot remove it again
+        save, save_model, save_state = ampo.save_checkpoint, PreTrainedModel.save_pretrained, torch.save
+        monkeypatch.setattr(ampo, "save_checkpoint", lambda *args: self.during(save, *args))
+        monkeypatch.setattr(PreTrainedModel, "save_pretrained", lambda model, path, *args, **kwargs: (
+            save_model(model, path, *args, **kwargs), self.halve(Path(path) / "model.safetensors")))
+        monkeypatch.setattr(torch, "save", lambda what, path: (save_state(what, path), self.halve(Path(path))))
+
+    def during(self, save, *args):
+        self.on = True
+        try:
+            return save(*args)
+        finally:
+            self.on = False
+
+    def hook(self, event, args):
+        writes = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+        if self.on and (writes or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")):
+            self.call(f"{event} {Path(str(args[0])).name}")
+
+    def halve(self, path):
+        if self.on:
+            whole = path.read_bytes()
+            path.write_bytes(whole[:len(whole) // 2])
+            self.call(f"write {path.name}")
+            path.write_bytes(whole)
+
+    def call(self, name):
+        self.on = False
+        try:
+            self.watch(name)
+        finally:
+            self.on = True
+
+
+@pytest.fixture(scope="class")
+def runs(tmp_path_factory):
+    """Folders of an uninterrupted run of three steps, of one that stopped after two, and the flags of both."""
+    folder = tmp_path_factory.mktemp("runs")
+    flags = few_problems(folder)
+    for name, steps in (("whole", "3"), ("two", "2")):
+        assert ampo.main([*flags, "--steps", steps, "--out", str(folder / name)]) == 0
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return folder / "whole", folder / "two", flags
+
+
+@pytest.fixture
+def two(runs, tmp_path):
+    """A copy of the run that stopped after two steps."""
+    return Path(shutil.copytree(runs[1], tmp_path / "run"))
+
+
+def resume(out, steps=3):
+    return ampo.main(["--resume", "--steps", str(steps), "--out", str(out)])
+
+
+def once_training(patch, name, function):
+    """Replace a function of ampo.py at the beginning of the first step, as loading a model calls some too."""
+    batch_indices = ampo.batch_indices
+    patch.setattr(ampo, "batch_indices", lambda *args: patch.setattr(ampo, name, function) or batch_indices(*args))
+
+
+def complaint(capsys):
+    """The one line on stderr that ampo.py says before it gives up, beside its progress bar."""
+    said = capsys.readouterr().err
+    found = re.findall(r"^ampo\.py: .*\n", re.sub(r"[^\n]*\r", "", said), re.MULTILINE)
+    assert len(found) == 1 and "Traceback" not in said, said
+    return found[0]
+
+
+class TestFaults:
+    def test_kill_9_at_random_moments(self, tmp_path):
+        """A checkpoint that is not whole at every moment, state that is not in it, metrics lost or written twice."""
+        whole, out, flags = tmp_path / "whole", tmp_path / "run", [*few_problems(tmp_path), "--steps", "25"]
+        program = calling("kill_often", flags, str(whole), str(out), 20)
+        run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100)
+        assert run.returncode == 0, run.stderr
+        assert len(metrics_of(out)) == 25 and same_run(out, whole)
+        assert sorted(path.name for path in out.iterdir()) == ["metrics.jsonl", "model"]
+
+    def test_a_kill_at_every_file_operation_of_a_checkpoint(self, runs, tmp_path, monkeypatch, capsys):
+        """A moment between two operations that leaves neither the old checkpoint nor the new one. What a kill would
+        leave behind is a copy of the folder at that moment."""
+        whole, two, flags = runs
+        states, names, begun, train_step = tmp_path / "states", [], [], ampo.train_step
+        operations = FileOperations(monkeypatch, lambda name: (
+            shutil.copytree(tmp_path / "run", states / str(len(names))), names.append(name)))
+        assert ampo.main([*flags, "--steps", "2", "--out", str(tmp_path / "run")]) == 0
+        assert names.count("os.rename model.new") == 2 and names.count("os.rename model") == 1
+        assert {"write model.safetensors", "write state.pt", "os.rmdir model.old"} <= set(names) and len(names) > 25
+
+        def survives_another_kill(name):
+            checkpoint = ampo.open_run(ampo.Config(out=str(out), resume=True), {})[1]
+            assert not saved or {"model.safetensors", "state.pt", "config.json"} <= set(os.listdir(checkpoint))
+        operations.watch = survives_another_kill
+        monkeypatch.setattr(ampo, "train_step", lambda *args: begun.append(args[3]) or train_step(*args))
+        for i, name in enumerate(names):
+            out, saved = states / str(i), names[:i].count("os.rename model.new")
+            steps, expected = (3, whole) if (out / "model.old").exists() else (2, two)  # the next save clears it away
+            begun.clear()
+            assert ampo.main([*flags, "--steps", str(steps), "--resume", "--out", str(out)]) == 0, name
+            assert begun == list(range(saved, steps)), name  # it went on, and did not start over
+            assert same_run(out, expected) and sorted(os.listdir(out)) == ["metrics.jsonl", "model"], name
+
+    @pytest.mark.parametrize("operation", ["os.mkdir model.new", "open config.json", "open run.json", "os.rename model",
+                                           "os.rename model.new"])
+    def test_a_disk_that_is_full_at_an_operation_of_a_checkpoint(self, runs, two, monkeypatch, capsys, operation):
+        """An error of the system that ends in a traceback, or after which the last checkpoint is gone."""
+        def fail(name):
+            if name == operation:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        operations = FileOperations(monkeypatch, fail)
+        assert resume(two) == 2
+        said = complaint(capsys)
+        assert f"{two}: no checkpoint written" in said and "No space left on device" in said
+        operations.watch = lambda name: None
+        assert resume(two) == 0 and same_run(two, runs[0])
+
+    @pytest.mark.parametrize("room, named", [(500_000, "no checkpoint written"), (2_500_000, "no checkpoint written"),
+                                             (None, "File too large")], ids=["model", "state", "metrics"])
+    def test_files_that_may_not_grow(self, runs, two, capsys, room, named):
+        """The real thing, in which safetensors and torch raise errors of their own kinds: a limit on the size of files
+        that stops model.safetensors, state.pt, or the line in metrics.jsonl."""
+        before = weights_of(two)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room or (two / "metrics.jsonl").stat().st_size + 10, limits[1]))
+        try:
+            status = resume(two)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert status == 2 and named in complaint(capsys)
+        assert all(torch.equal(value, before[name]) for name, value in weights_of(two).items())
+        assert resume(two) == 0 and same_run(two, runs[0])
+
+    @pytest.mark.parametrize("out", ["few.jsonl/run", "/proc/xyz", "/proc/xyz/run"])
+    def test_a_folder_that_cannot_be(self, runs, capsys, out):
+        """A traceback, or training for nothing, where there is no place to write to."""
+        folder = runs[0].parent
+        before = sorted(folder.rglob("*"))
+        assert ampo.main([*runs[2], "--steps", "1", "--out", str(folder / out)]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("ampo.py: ") and said.count("\n") == 1 and out.split("/run")[0] in said
+        assert sorted(folder.rglob("*")) == before
+
+    @pytest.mark.parametrize("content", [lambda whole: b"", lambda whole: whole[:len(whole) // 2]],
+                             ids=["empty", "half"])
+    @pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "run.json", "tokenizer.json", "config.json"])
+    def test_a_checkpoint_with_a_cut_file(self, runs, two, capsys, name, content):
+        """A traceback; metrics cut or weights drawn anew before the damage is noticed."""
+        self.damage(runs, two, capsys, name, content)
+
+    @pytest.mark.parametrize("name, content", [
+        ("chat_template.jinja", lambda whole: whole[:len(whole) // 2]), ("run.json", lambda whole: b"\xff"),
+        ("run.json", lambda whole: b'{"nonsense": 1}')], ids=["template", "bytes", "flag"])
+    def test_a_checkpoint_with_a_file_that_is_something_else(self, runs, two, capsys, name, content):
+        """A template with a syntax error, flags that are not text, and a flag of another version of this file."""
+        self.damage(runs, two, capsys, name, content)
+
+    def damage(self, runs, two, capsys, name, content):
+        file, metrics = two / "model" / name, (two / "metrics.jsonl").read_bytes()
+        whole = file.read_bytes()
+        file.write_bytes(content(whole))
+        assert resume(two) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"ampo.py: {two / 'model'}") and said.count("\n") == 1
+        assert (two / "metrics.jsonl").read_bytes() == metrics
+        file.write_bytes(whole)
+        assert resume(two) == 0 and same_run(two, runs[0])
+
+    def test_a_gradient_that_is_not_finite_costs_one_update(self, runs, tmp_path, monkeypatch, capsys):
+        """Weights, or AdamW's moments, that are nan from then on."""
+        calls, method = [], ampo.METHODS["sft"]
+
+        def objective(*args):
+            calls.append(len(calls))
+            return method.objective(*args) * (float("nan") if len(calls) == 2 else 1)
+        monkeypatch.setitem(ampo.METHODS, "sft", ampo.replace(method, objective=objective))
+        assert ampo.main([*runs[2], "--method", "sft", "--steps", "4", "--out", str(tmp_path / "run")]) == 0
+        assert len(calls) == 4
+        norms = [row["grad_norm"] for row in metrics_of(tmp_path / "run")]
+        assert norms[1] is None and all(norm > 0 and math.isfinite(norm) for norm in norms[:1] + norms[2:])
+        assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+        assert "".join(capsys.readouterr()).count("a gradient is not finite") == 1
+        assert all(weight.isfinite().all() for weight in weights_of(tmp_path / "run").values())
+        state = torch.load(tmp_path / "run" / "model" / "state.pt")["optimizer"]["state"]
+        assert all(value.isfinite().all() for moments in state.values() for value in moments.values())
+        assert {int(moments["step"]) for moments in state.values() if moments["exp_avg"].any()} == {3}
+
+    @pytest.mark.parametrize("function", ["generate", "score"])
+    def test_memory_that_does_not_suffice(self, runs, two, monkeypatch, capsys, function):
+        """A traceback without a hint at what to do about it."""
+        def full(*args, **kwargs):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        with monkeypatch.context() as patch:
+            once_training(patch, function, full)
+            assert resume(two) == 2
+        said = complaint(capsys)
+        assert "out of memory" in said and "--cache_tokens" in said and "--micro_tokens" in said
+        assert len(metrics_of(two)) == 2 and resume(two) == 0 and same_run(two, runs[0])
+
+    @pytest.mark.parametrize("function", ["generate", "update", "save_checkpoint"])
+    def test_the_second_ctrl_c_ends_at_once(self, runs, two, monkeypatch, function):
+        """Being stuck in a long step, or a checkpoint that the second one breaks."""
+        original, begun, ended = getattr(ampo, function), [], []
+
+        def interrupted(*args, **kwargs):
+            begun.append(os.kill(os.getpid(), signal.SIGINT))
+            assert len(begun) == 1  # the first Ctrl-C only asks; what follows is the second
+            os.kill(os.getpid(), signal.SIGINT)
+            ended.append(original(*args, **kwargs))
+        with monkeypatch.context() as patch:
+            once_training(patch, function, interrupted)
+            with pytest.raises(SystemExit) as end:
+                resume(two)
+        assert end.value.code == 130 and len(begun) == 1 and not ended
+        assert resume(two) == 0 and same_run(two, runs[0])
