@@ -349,16 +349,14 @@ def verify(response, gold):
 
 
 class Slab(DynamicLayer):
-    """One layer's keys and values in buffers with room for whole responses, each prompt's repeated for its n rows: a
-    decoding step writes one slot where transformers' own cache copies everything. Attention sees the first `window`."""
+    """One layer's keys and values in buffers with room for n whole responses to each prompt: a decoding step writes one
+    slot where transformers' own cache copies everything. Some rows are in use, and of each the first `window` slots."""
 
     def __init__(self, layer, n: int, room: int, slot):
         super().__init__()
         self.slot, self.window = slot, layer.keys.shape[2]
-        widen = lambda x: x.new_empty(len(x) * n, x.shape[1], room, x.shape[3])
-        self.keys, self.values = widen(layer.keys), widen(layer.values)  # (B, heads, L + T, D)
-        for new, x in zip((self.keys, self.values), (layer.keys, layer.values)):
-            new[:, :, :self.window] = x.repeat_interleave(n, 0)
+        self.buffers = [x.new_empty(len(x) * n, x.shape[1], room, x.shape[3]) for x in (layer.keys, layer.values)]
+        for buffer, x in zip(self.buffers, (layer.keys, layer.values)): buffer[:len(x), :, :self.window] = x
 
     def update(self, keys, values, *args, **kwargs):
         """Called by each attention layer: store the new keys and values (B, heads, 1, D), return all in the window."""
@@ -366,11 +364,12 @@ class Slab(DynamicLayer):
         return self.keys[:, :, :self.window], self.values[:, :, :self.window]
 
     def resize(self, rows, window: int):
-        """Move `rows` to the front and forget the others; open the window further. The memory stays where it is."""
-        for x in (self.keys, self.values):
-            if len(rows) < len(x): x[:len(rows), :, :self.window] = x[:, :, :self.window].index_select(0, rows)
-            x[:, :, self.window:window] = 0  # masked until it is written, but 0 · nan would be nan
-        self.keys, self.values, self.window = self.keys[:len(rows)], self.values[:len(rows)], window
+        """Put copies of `rows` in the place of all rows, and open the window further. The memory stays where it is."""
+        moves = not torch.equal(rows, torch.arange(len(rows), device=rows.device))
+        for x in self.buffers:
+            if moves: x[:len(rows), :, :self.window] = x[:, :, :self.window].index_select(0, rows)
+            x[:len(rows), :, self.window:window] = 0  # masked until it is written, but 0 · nan would be nan
+        self.keys, self.values, self.window = *(x[:len(rows)] for x in self.buffers), window
 
 
 def replayed(step: callable, device) -> callable:
@@ -396,28 +395,30 @@ def sample_tokens(logits, temperature: float):
 
 
 def prefill(model, prompts: list[list[int]], n: int, room: int):
-    """Run every prompt through the model once and repeat what comes out for its n rows, B = P · n.
+    """Run every prompt through the model once.
 
-    Returns logits (B, V) of the first response token, a cache of Slabs, the mask (B, 1, 1, room) that is added to the
-    attention scores, prompt lengths (B,), and the slot (1,) where the next keys go: a tensor, as graphs need it.
+    Returns logits (P, V) of the first response token, a cache of Slabs, the mask (P, 1, 1, room) that is added to the
+    attention scores, prompt lengths (P,), and the slot (1,) where the next keys go: a tensor, as graphs need it.
     Raises InputError for a model whose cache is not plain keys and values."""
     ids, mask = pad(prompts, model.device, side="left")  # (P, L)
     cache = DynamicCache(config=model.config)
     logits = model(input_ids=ids, attention_mask=mask.long(), position_ids=(mask.cumsum(1) - 1).clamp(min=0),
                    past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-    refuse(not cache.layers or {type(layer) for layer in cache.layers} != {DynamicLayer},
+    refuse({type(layer) for layer in cache.layers} != {DynamicLayer},
            f"a {model.config.model_type} model: sliding windows and recurrent layers cannot be sampled from")
     slot = torch.tensor([ids.shape[1]], device=model.device)
     cache = Cache(layers=[Slab(layer, n, room, slot) for layer in cache.layers])
     seen = torch.nn.functional.pad(mask, (0, room - ids.shape[1]))  # neither padding nor slots of tokens to come
-    bias, repeat = torch.where(seen, 0.0, -math.inf).to(model.dtype), lambda x: x.repeat_interleave(n, 0)
-    return repeat(logits), cache, repeat(bias)[:, None, None], repeat(mask.sum(1)), slot
+    bias = torch.where(seen, 0.0, -math.inf).to(model.dtype)
+    return logits, cache, bias[:, None, None], mask.sum(1), slot
 
 
 @torch.inference_mode()
 def generate(model, prompts, n, max_new_tokens, temperature=1.0, eos_token_id=None, span=None) -> list:
-    """Sample n responses to every prompt. Each prompt is read once for all its n rows; rows that finished leave.
+    """Sample n responses to every prompt.
 
+    Rollouts that have said the same so far share a row of the batch: each prompt is read once, a row becomes several
+    where its rollouts part, and what nobody reads any more leaves. This is exact, as each draws its own tokens.
     Returns for each prompt n pairs (ids, logps): ids keep their end-of-sequence token when they stopped by
     themselves, and logps (nats) belong to the distribution at `temperature` that the ids were drawn from.
     eos_token_id: an id, a list of ids, or None for no stopping. span: attention's window on the cache opens by so many
@@ -427,28 +428,30 @@ def generate(model, prompts, n, max_new_tokens, temperature=1.0, eos_token_id=No
     device, stops = model.device, [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or []
     stops, span = torch.tensor(stops, dtype=torch.long, device=device), span or (256 if device.type == "cuda" else 1)
     width, window = max(map(len, prompts)), 0
-    room = span * math.ceil((width + max_new_tokens) / span)
-    logits, cache, mask, lengths, slot = prefill(model, prompts, n, room)
-    rows = torch.arange(len(lengths), device=device)  # which response each row of the shrinking batch belongs to
-    running = torch.ones_like(rows, dtype=torch.bool)
-    all_ids = torch.zeros(len(rows), max_new_tokens, dtype=torch.long, device=device)
+    logits, cache, mask, lengths, slot = prefill(model, prompts, n, span * math.ceil((width + max_new_tokens) / span))
+    who = torch.arange(len(prompts) * n, device=device)  # the rollouts that are still running
+    row, V = who // n, logits.shape[1]  # which row of the batch each of them reads
+    all_ids = torch.zeros(len(who), max_new_tokens, dtype=torch.long, device=device)
     all_logps = torch.zeros_like(all_ids, dtype=torch.float)
     for t in range(max_new_tokens):
-        tokens, logps = sample_tokens(logits, temperature)
-        all_ids[rows, t], all_logps[rows, t] = tokens, logps
-        running &= ~torch.isin(tokens, stops)
-        alive = int(running.sum())
-        if alive == 0 or t == max_new_tokens - 1: break
-        mask[..., width + t], slot[:] = 0, width + t
-        # Moving the cache, or recording a new graph, costs as much as the finished rows save in a while.
-        shrinks = alive < (0.85 if span == 1 else 0.5) * len(rows)
-        if shrinks or width + t >= window:
-            window, keep = span * (1 + (width + t) // span), (running if shrinks else running | True).nonzero()[:, 0]
+        tokens, logps = sample_tokens(logits[row], temperature)
+        all_ids[who, t], all_logps[who, t] = tokens, logps
+        going = ~torch.isin(tokens, stops)
+        who, row, tokens = who[going], row[going], tokens[going]
+        if len(who) == 0 or t == max_new_tokens - 1: break
+        pasts, shared = torch.unique(row * V + tokens, return_inverse=True)
+        # Rows are regrouped where rollouts part; where some only left, when that pays for moving the cache.
+        regroup = len(pasts) > len(row.unique()) or len(pasts) < (0.85 if span == 1 else 0.5) * len(lengths)
+        if regroup or width + t >= window:
+            keep, row = (pasts // V, shared) if regroup else (torch.arange(len(lengths), device=device), row)
+            window = span * (1 + (width + t) // span)
             for layer in cache.layers: layer.resize(keep, window)
-            rows, tokens, lengths, mask, running = rows[keep], tokens[keep], lengths[keep], mask[keep], running[keep]
-            inputs = dict(input_ids=tokens[:, None], position_ids=(lengths + t)[:, None], past_key_values=cache)
-            step = replayed(lambda: model(**inputs, attention_mask=mask[..., :window]).logits[:, -1], device)
-        inputs["input_ids"].copy_(tokens[:, None]), inputs["position_ids"].copy_((lengths + t)[:, None])
+            lengths, mask, step = lengths[keep], mask[keep], None
+            ids, positions = torch.zeros(2, len(lengths), 1, dtype=torch.long, device=device)
+            args = dict(input_ids=ids, position_ids=positions, attention_mask=mask[..., :window], past_key_values=cache)
+        mask[..., width + t], slot[:] = 0, width + t
+        ids[row, 0], positions[:, 0] = tokens, lengths + t
+        step = step or replayed(lambda: model(**args).logits[:, -1], device)
         logits = step()
     return cut_responses(all_ids, all_logps, stops, n)
 
@@ -646,8 +649,7 @@ def needs_guidance(group: list[Sample], trigger: str = "fail") -> bool:
     >>> needs_guidance(two), needs_guidance(three), needs_guidance(three, "half")
     (True, False, True)
     """
-    share = sum(sample.correct for sample in group) / len(group)
-    return {"fail": share == 0, "half": share < 0.5, "always": True}[trigger]
+    return sum(sample.correct for sample in group) / len(group) < {"fail": 1e-9, "half": 0.5, "always": 2}[trigger]
 
 
 def teacher_samples(student: Student, problem: Problem) -> list[Sample]:
@@ -1096,22 +1098,22 @@ def train(cfg: Config, checkpoint: Path | None = None) -> int:
     student = load_student(str(checkpoint or cfg.model), cfg)
     data, valid, sets = load_inputs(student)
     weights = [*student.model.parameters(), *student.critic.parameters()]
-    adam = torch.optim.AdamW(weights, cfg.lr, weight_decay=0.1, fused=True)
+    opt = torch.optim.AdamW(weights, cfg.lr, weight_decay=0.1, fused=True)
     out.mkdir(parents=True, exist_ok=True), metrics_file.open("a" if checkpoint else "w").close()
-    done = restore(student, adam, checkpoint, metrics_file) if checkpoint else 0
+    done = restore(student, opt, checkpoint, metrics_file) if checkpoint else 0
     stop = []  # the first Ctrl-C lets the step finish, so that what is saved is whole; the second one ends at once
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(True))
     bar = tqdm(range(done, cfg.steps), initial=done, total=cfg.steps, desc=cfg.method, disable=rank > 0)
     for step in bar:
         torch.manual_seed(hash((cfg.seed, step, rank)))  # a function of the step alone: nothing to save for --resume
-        metrics = train_step(student, adam, [data[i] for i in batch_indices(len(data), step, cfg)][rank::ranks], step)
+        metrics = train_step(student, opt, [data[i] for i in batch_indices(len(data), step, cfg)][rank::ranks], step)
         if valid and (step + 1) % cfg.eval_every == 0:
             metrics["valid"] = evaluate(student, valid, cfg.group_size, 0.6)[0]["pass@1"]
         if rank > 0: continue
         with open(metrics_file, "a") as file: file.write(json.dumps(metrics) + "\n")
         bar.set_postfix({name: metrics[name] for name in ("reward", "fail_rate", "rescued", "entropy", "tokens_per_s")})
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or stop:
-            attempt(f"{out}: no checkpoint written", save_checkpoint, student, adam, step + 1, out)
+            attempt(f"{out}: no checkpoint written", save_checkpoint, student, opt, step + 1, out)
         if stop: return tqdm.write(f"stopped after step {step + 1}; go on: python ampo.py --resume --out {out}") or 130
     if sets and rank == 0: report(student, sets, out)
     if rank == 0: print(f"run: {out}   metrics: {metrics_file}   checkpoint: {out / 'model'}")
