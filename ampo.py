@@ -61,14 +61,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCach
 
 def flag(default, help, least=None, choices=None):
     """A field of Config that is also a command line flag: its help, its lower bound, its choices."""
-    return field(default=default, metadata={"help": f"{help} [{default}]", "least": least, "choices": choices})
+    help = f"{help} [{default}]" if str(default) else help
+    return field(default=default, metadata={"help": help, "least": least, "choices": choices})
 
 
 @dataclass(frozen=True)
 class Config:
     """Every setting of a run. The defaults train the embedded miniature in a few minutes on two CPU cores."""
 
-    method: str = flag("ampo", "what to do with a problem on which every rollout failed; see METHODS")
+    method: str = flag("ampo", "what to do where every rollout failed: grpo, ampo, luffy, guide, ghpo or sft")
     model: str = flag("data/base", "the student: a folder or hub name that transformers loads")
     system: str = flag("", "system prompt; default: the chat template's own")
     data: str = flag("data/train.jsonl", "problems to train on, or to evaluate; format in data/README.md")
@@ -1018,8 +1019,7 @@ def evaluate(student: Student, problems: list[Problem], samples: int, temperatur
     right = [sum(sample.correct for sample in group) for group in groups]
     ks = [2**i for i in range(samples.bit_length()) if 2**i < samples] + [samples]
     scores = {f"pass@{k}": sum(pass_at_k(samples, c, k) for c in right) / len(right) for k in ks}
-    length = sum(len(sample.ids) for group in groups for sample in group) / (samples * len(groups))
-    return scores | {"n": len(problems), "length": length}, groups
+    return scores | {"n": len(right), "length": sum(len(s.ids) for s in sum(groups, [])) / samples / len(right)}, groups
 
 
 def report(student: Student, sets: dict[str, list[Problem]], out: Path):
