@@ -375,9 +375,9 @@ class Slab(DynamicLayer):
 
 def replayed(step: callable, device) -> callable:
     """On CUDA, the kernels of step() recorded once into a graph: launching them one by one takes longer than a small
-    model takes to compute. What step() reads and writes must stay where it is; elsewhere this is step itself."""
+    model takes to compute. What step() reads and writes must stay where it is, and it must have been called before, as
+    libraries set themselves up in a first call. Elsewhere this is step itself."""
     if device.type != "cuda": return step
-    step()  # libraries set themselves up in the first call, which must not be recorded; it writes what the second will
     with torch.cuda.graph(graph := torch.cuda.CUDAGraph()): logits = step()
     return lambda: graph.replay() or logits
 
@@ -447,12 +447,13 @@ def generate(model, prompts, n, max_new_tokens, temperature=1.0, eos_token_id=No
             keep, row = (pasts // V, shared) if regroup else (torch.arange(len(lengths), device=device), row)
             window = span * (1 + (width + t) // span)
             for layer in cache.layers: layer.resize(keep, window)
-            lengths, mask, step = lengths[keep], mask[keep], None
+            lengths, mask = lengths[keep], mask[keep]
             ids, positions = torch.zeros(2, len(lengths), 1, dtype=torch.long, device=device)
             args = dict(input_ids=ids, position_ids=positions, attention_mask=mask[..., :window], past_key_values=cache)
+            step = forward = lambda: model(**args).logits[:, -1]
+        elif step is forward: step = replayed(forward, device)  # not at once, as rows often part again
         mask[..., width + t], slot[:] = 0, width + t
         ids[row, 0], positions[:, 0] = tokens, lengths + t
-        step = step or replayed(lambda: model(**args).logits[:, -1], device)
         logits = step()
     return cut_responses(all_ids, all_logps, stops, n)
 

@@ -1615,14 +1615,13 @@ class TestWindow:
         ids = [[[r for r, _ in group] for group in self.sample(model, s, 0)] for s in (1, span)]
         assert ids[0] == ids[1]
 
-    @pytest.mark.parametrize("span", [1, 16, 64])
+    @pytest.mark.parametrize("span", [16, 64])
     def test_steps_can_be_recorded_and_replayed(self, model, monkeypatch, span):
         """A graph reads the memory it was recorded on and nothing else: a tensor that is rebound between captures, or
         a number that Python hands in, stays for ever what it was."""
         expected, recorded, calls, forward = self.sample(model, span), [], [], model.forward
 
         def replayed(step, device):
-            step()
             with Tape() as tape: logits = step()
             logits.fill_(math.nan)  # recording computes nothing
             recorded.append(calls[-1])
@@ -1638,9 +1637,9 @@ class TestWindow:
         for prompt, group in zip(self.PROMPTS, groups):
             for ids, logps in group:
                 assert logps == pytest.approx(full_logps(model, prompt, ids), abs=2e-4)
-        assert len(calls) == 1 + 2 * len(recorded)  # no step runs that is not recorded
-        assert len({rows for rows, _ in recorded}) > 2 and {window % span for _, window in recorded} == {0}
-        assert span == 1 or len(recorded) < 30  # recorded when rollouts part or leave and when the window opens
+        assert len(recorded) > 2 and {window % span for _, window in recorded} == {0}
+        steps = max(len(ids) for group in groups for ids, _ in group) - 1
+        assert len(recorded) == len(set(recorded)) and len(calls) < 1 + steps  # the other steps were replayed
 
     def test_rollouts_that_said_the_same_share_a_row(self, model, monkeypatch):
         """A prompt is read once; then there is a row for each different past of a running rollout, and few others."""
