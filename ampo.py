@@ -45,7 +45,7 @@ Left out, and where to find it: a KL penalty (off in the official runs) and dual
 that need more than one device and a serving engine (verl, on which the official AMPO runs), LoRA (peft), sliding-window
 and recurrent models (refused), judges other than the verifier, tool use and multi-turn chat.
 """
-import argparse, copy, functools, json, math, os, random, re, shutil, signal, sys, time
+import argparse, copy, functools, json, math, os, random, re, shutil, signal, sys, time, traceback
 from collections import Counter
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
@@ -950,8 +950,8 @@ def load_student(path: str, cfg: Config) -> Student:
     agree = torch.allclose(token_logps(model, [[0, 1]], [ids])[0], torch.tensor([logps]), atol=1e-3)
     refuse(not agree, f"{path}: generate and token_logps disagree about a {model.config.model_type} model")
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    model = model.to(device)
-    for weight in model.parameters(): weight.data = weight.data.clone()  # a mapped file's alignment changes rounding
+    # A copy, as the alignment of a mapped file would change the rounding of a run that is resumed.
+    for weight in model.to(device).parameters(): weight.data = weight.data.clone()
     if cfg.recompute: model.gradient_checkpointing_enable({"use_reentrant": False})
     sampler = copy.deepcopy(model).bfloat16() if device == "cuda" else model
     stops = [tokenizer.eos_token_id] + torch.tensor(model.generation_config.eos_token_id or []).reshape(-1).tolist()
@@ -1153,7 +1153,8 @@ def main(argv: list[str] | None = None) -> int:
         problems = load_checked(student := load_student(cfg.model, cfg), cfg.data)
         return print(json.dumps(evaluate(student, problems, cfg.samples, cfg.temperature)[0])) or 0
     except (InputError, OSError, torch.OutOfMemoryError) as error:
-        remedy = "; lower --cache_tokens or --micro_tokens" * isinstance(error, torch.OutOfMemoryError)
+        flag = "cache" if ", in generate" in traceback.format_exc() else "micro"  # what was under way
+        remedy = f"; lower --{flag}_tokens" * isinstance(error, torch.OutOfMemoryError)
         return print(f"ampo.py: {error}{remedy}", file=sys.stderr) or 2
 
 

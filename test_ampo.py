@@ -2295,16 +2295,16 @@ class TestFaults:
         assert all(value.isfinite().all() for moments in state.values() for value in moments.values())
         assert {int(moments["step"]) for moments in state.values() if moments["exp_avg"].any()} == {3}
 
-    @pytest.mark.parametrize("function", ["generate", "score"])
-    def test_memory_that_does_not_suffice(self, runs, two, monkeypatch, capsys, function):
-        """A traceback without a hint at what to do about it."""
+    @pytest.mark.parametrize("function, flag", [("prefill", "--cache_tokens"), ("score", "--micro_tokens")])
+    def test_memory_that_does_not_suffice(self, runs, two, monkeypatch, capsys, function, flag):
+        """A traceback without a hint at what to do about it, or a hint at the other flag."""
         def full(*args, **kwargs):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         with monkeypatch.context() as patch:
             once_training(patch, function, full)
             assert resume(two) == 2
         said = complaint(capsys)
-        assert "out of memory" in said and "--cache_tokens" in said and "--micro_tokens" in said
+        assert "out of memory" in said and said.endswith(f"; lower {flag}\n")
         assert len(metrics_of(two)) == 2 and resume(two) == 0 and same_run(two, runs[0])
 
     @pytest.mark.parametrize("function", ["generate", "update", "save_checkpoint"])
