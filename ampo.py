@@ -707,8 +707,7 @@ def choose_traces(student: Student, problem: Problem, k: int) -> list[Sample]:
     r = comprehension(student.sampler, student.tokenizer, problem, texts, cfg.follow, cfg.system) if texts else []
     # The official code ranks by 0.9·r_p + 0.1·format in bfloat16, whose coarse steps make ties.
     if cfg.follow == "code": r = (0.9 * torch.tensor(r) + 0.1).bfloat16().tolist()
-    best = sorted(range(len(traces)), key=lambda i: (-r[i], len(traces[i].ids)))
-    return [traces[i] for i in best[:k]]
+    return [traces[i] for i in sorted(range(len(traces)), key=lambda i: (-r[i], len(traces[i].ids)))[:k]]
 
 
 def swap_in(traces: list[Sample], group: list[Sample]) -> list[Sample]:
@@ -1010,7 +1009,7 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def evaluate(student: Student, problems: list[Problem], samples: int, temperature: float):
+def evaluate(student: Student, problems: list[Problem], samples: int, temperature: float = 0.6):
     """-> ({"pass@1", "pass@2", "pass@4" ... "pass@samples", "n" problems, mean "length" in tokens}, the groups).
 
     Seeded by itself, as each training step is: it neither depends on when it comes nor changes what comes after."""
@@ -1029,7 +1028,7 @@ def report(student: Student, sets: dict[str, list[Problem]], out: Path):
     ks = [f"pass@{k}" for k in sorted({1, min(8, cfg.samples), cfg.samples})]
     print(f"\n{'base -> trained, in %':22}" + "".join(f"{k:>18}" for k in ks))
     for name, problems in sets.items():
-        (was, before), (now, after) = (evaluate(who, problems, cfg.samples, 0.6) for who in (base, student))
+        (was, before), (now, after) = (evaluate(who, problems, cfg.samples) for who in (base, student))
         print(f"{name:22}" + "".join(f"{100 * was[k]:7.1f} -> {100 * now[k]:5.1f}".rjust(18) for k in ks))
         examples += zip(problems, before, after)
     problem, before, after = max(examples, key=lambda e: sum(s.correct for s in e[2]) - sum(s.correct for s in e[1]))
@@ -1065,7 +1064,7 @@ def open_run(cfg: Config, given: dict) -> tuple[Config, Path | None]:
     """Settle the run's folder and find the checkpoint to go on from. A new run's folder must be empty; --resume takes
     the flags the run began with, changed by those given now."""
     out = Path(cfg.out or f"runs/{cfg.method}-{cfg.seed}")
-    refuse(not cfg.resume and any(out.glob("*")), f"--out {out}: is taken; --resume goes on, another --out starts anew")
+    refuse(not cfg.resume and (out.is_file() or any(out.glob("*"))), f"--out {out}: is taken; --resume continues it")
     refuse(cfg.resume and not (out / "metrics.jsonl").exists(), f"--resume: {out} holds no run to continue")
     saved = [out / name for name in ("model", "model.old") if cfg.resume and (out / name).exists()]
     if saved: cfg = attempt(f"{saved[0]}: damaged", lambda: Config(**json.loads((saved[0] / "run.json").read_text())))
@@ -1109,13 +1108,14 @@ def train(cfg: Config, checkpoint: Path | None = None) -> int:
         torch.manual_seed(hash((cfg.seed, step, rank)))  # a function of the step alone: nothing to save for --resume
         metrics = train_step(student, opt, [data[i] for i in batch_indices(len(data), step, cfg)][rank::ranks], step)
         if valid and (step + 1) % cfg.eval_every == 0:
-            metrics["valid"] = evaluate(student, valid, cfg.group_size, 0.6)[0]["pass@1"]
+            metrics["valid"] = evaluate(student, valid, cfg.group_size)[0]["pass@1"]
         if rank > 0: continue
         with open(metrics_file, "a") as file: file.write(json.dumps(metrics) + "\n")
         bar.set_postfix({name: metrics[name] for name in ("reward", "fail_rate", "rescued", "entropy", "tokens_per_s")})
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or stop:
             attempt(f"{out}: no checkpoint written", save_checkpoint, student, opt, step + 1, out)
         if stop: return tqdm.write(f"stopped after step {step + 1}; go on: python ampo.py --resume --out {out}") or 130
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if sets and rank == 0: report(student, sets, out)
     if rank == 0: print(f"run: {out}   metrics: {metrics_file}   checkpoint: {out / 'model'}")
     return 0
@@ -1137,7 +1137,7 @@ def parse_config(argv: list[str]) -> tuple[Config, dict]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0, 2 for input that cannot be used or memory that does not suffice.
+    """Entry point; returns the exit status: 0, 2 for what cannot be used or does not fit, 130 after Ctrl-C.
 
     `ampo.py eval` scores --model on --data; the last line it prints is a JSON object."""
     argv = sys.argv[1:] if argv is None else argv

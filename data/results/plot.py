@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from table import HERE, T95, load
+from table import HERE, T95, ampo, load
 
 COLOURS = {"base": "#8a8a8a", "grpo": "#0072b2", "ampo": "#d55e00", "luffy": "#009e73", "guide": "#cc79a7",
            "ghpo": "#8b6d00"}  # told apart by readers who see few colours
@@ -60,7 +60,7 @@ def pass_at_k_curves(runs):
         for name in ("base", "grpo", "ampo"):
             rows = runs.get(("main", name), {}).values()
             solved = [[c for c, level in zip(row["test"]["solved"], levels) if level in hard] for row in rows]
-            band(axis, ks, [[statistics.mean(1 - math.comb(32 - c, k) / math.comb(32, k) for c in row) for k in ks]
+            band(axis, ks, [[statistics.mean(ampo.pass_at_k(32, c, k) for c in row) for k in ks]
                             for row in solved], name)
         axis.set_xscale("log", base=2)
         axis.set_xticks(ks, ks)

@@ -11,6 +11,9 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parents[1]))
+import ampo
+
 OOD = ["ood_letters", "ood_phrasings", "ood_swapped", "ood_deeper", "ood_forward"]
 MAIN = ["base", "sft", "grpo", "sft+grpo", "luffy", "guide", "ghpo", "ampo", "grpo, more steps"]
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # by number of seeds
@@ -28,7 +31,7 @@ def load(path=HERE / "runs.jsonl"):
 def pass_at_k(row, name, k):
     """The unbiased estimate in per cent over the problems of a set."""
     n = row["samples"]
-    return 100 * statistics.mean(1 - math.comb(n - c, k) / math.comb(n, k) for c in row[name]["solved"])
+    return 100 * statistics.mean(ampo.pass_at_k(n, c, k) for c in row[name]["solved"])
 
 
 def ood_mean(row):
@@ -67,7 +70,7 @@ def newly_solved(row, base):
     """Guide's analysis: the gain in pass@1 on test, split by whether 16 samples of the base would have held a success."""
     n, within, beyond = row["samples"], 0.0, 0.0
     for now, was in zip(row["test"]["solved"], base["test"]["solved"]):
-        inside = 1 - math.comb(n - was, 16) / math.comb(n, 16)
+        inside = ampo.pass_at_k(n, was, 16)
         gain = max(0, now - was) / n
         within, beyond = within + gain * inside, beyond + gain * (1 - inside)
     return 100 * within / len(row["test"]["solved"]), 100 * beyond / len(row["test"]["solved"])
