@@ -134,14 +134,15 @@ class Problem:
 def load_problems(path) -> list[Problem]:
     """Read a JSONL file of problems. Raises OSError, or InputError naming file, line and field."""
     lines = enumerate(Path(path).read_text(encoding="utf-8", errors="replace").split("\n"), 1)
-    problems = [parse_problem(line, f"{path}:{number}") for number, line in lines if line.strip()]
+    rows = [(f"{path}:{number}", line) for number, line in lines if line.strip()]
+    decode = lambda where, line: attempt(f"{where}: not a JSON object", lambda: dict(json.loads(line)))
+    problems = [parse_problem(decode(where, line), where) for where, line in rows]
     refuse(not problems, f"{path}: holds no problems")
     return problems
 
 
-def parse_problem(line: str, where: str) -> Problem:
+def parse_problem(row: dict, where: str) -> Problem:
     """One JSON object -> Problem. Numbers become text; fields that Problem does not have are ignored."""
-    row = attempt(f"{where}: not a JSON object", lambda: dict(json.loads(line)))
     row = {f.name: row[f.name] for f in fields(Problem) if row.get(f.name) is not None} | {"where": where}
     row |= {name: str(value) for name, value in row.items() if type(value) in (int, float)}
     for f in fields(Problem):
@@ -307,6 +308,18 @@ def _evaluate(text, bits):
     return _canonical(_parse(tokens, context), context), tokens  # tokens that are left over count as well
 
 
+def _readings(answer, gold):
+    """The two texts in the parser's alphabet, and where one has a unit that the other lacks, both without units."""
+    texts = [_plain(answer), _plain(gold)]
+    labels = [set(LABEL.findall(text)) for text in texts]
+    if len(labels[0] | labels[1]) == 1 and (labels[0] == labels[1] or not all("=" in text for text in texts)):
+        texts = [LABEL.sub("", text) for text in texts]
+    bare = [UNIT.sub("", text) for text in texts]
+    # The answer 35% to the gold answer 35 is fine, 0.5% to 0.5 is not.
+    lenient = (texts[0] == bare[0]) != (texts[1] == bare[1]) and ("·0.01" not in texts[0] or texts[1].isdigit())
+    return [texts, bare][:1 + lenient]
+
+
 def same_answer(answer, gold):
     """Are two bare answers, such as 1/2 and \\frac12, equal?  Never raises: what cannot be read is equal to nothing.
 
@@ -315,18 +328,12 @@ def same_answer(answer, gold):
     Words compare as strings, whatever their case.  A chain such as 5=6=5 is no number.
     """
     try:
-        texts = [_plain(answer), _plain(gold)]
-        if all(re.fullmatch(r"-?(?:\d+/\d+|\d*\.?\d+)", text) for text in texts):
-            return Fraction(texts[0]) == Fraction(texts[1])
-        labels = [set(LABEL.findall(text)) for text in texts]
-        if len(labels[0] | labels[1]) == 1 and (labels[0] == labels[1] or not all("=" in text for text in texts)):
-            texts = [LABEL.sub("", text) for text in texts]
-        bare = [UNIT.sub("", text) for text in texts]
-        # The answer 35% to the gold answer 35 is fine, 0.5% to 0.5 is not.
-        lenient = (texts[0] == bare[0]) != (texts[1] == bare[1]) and ("·0.01" not in texts[0] or texts[1].isdigit())
+        readings = _readings(answer, gold)
+        if all(re.fullmatch(r"-?(?:\d+/\d+|\d*\.?\d+)", text) for text in readings[0]):
+            return Fraction(readings[0][0]) == Fraction(readings[0][1])
         # The first precision weeds out, the second tells e^(pi sqrt 163) from the integer that it is so close to.
         return any(all(_evaluate(one, bits) == _evaluate(other, bits) for bits in (192, 320))
-                   for one, other in [texts, bare][:1 + lenient])
+                   for one, other in readings)
     except (ValueError, TypeError, ArithmeticError, LookupError, RecursionError):
         return False
 
@@ -433,10 +440,10 @@ def generate(model, prompts, n, max_new_tokens, temperature=1.0, eos_token_id=No
     who = torch.arange(len(prompts) * n, device=device)  # the rollouts that are still running
     row, V = who // n, logits.shape[1]  # which row of the batch each of them reads
     all_ids = torch.zeros(len(who), max_new_tokens, dtype=torch.long, device=device)
-    all_logps = torch.zeros_like(all_ids, dtype=torch.float)
+    all_logps, ends = torch.zeros_like(all_ids, dtype=torch.float), torch.zeros_like(who)
     for t in range(max_new_tokens):
         tokens, logps = sample_tokens(logits[row], temperature)
-        all_ids[who, t], all_logps[who, t] = tokens, logps
+        all_ids[who, t], all_logps[who, t], ends[who] = tokens, logps, t + 1
         going = ~torch.isin(tokens, stops)
         who, row, tokens = who[going], row[going], tokens[going]
         if len(who) == 0 or t == max_new_tokens - 1: break
@@ -455,14 +462,7 @@ def generate(model, prompts, n, max_new_tokens, temperature=1.0, eos_token_id=No
         mask[..., width + t], slot[:] = 0, width + t
         ids[row, 0], positions[:, 0] = tokens, lengths + t
         logits = step()
-    return cut_responses(all_ids, all_logps, stops, n)
-
-
-def cut_responses(ids, logps, stops, n: int):
-    """(P·n, T) sampled ids and logps -> for each prompt n pairs of lists that end with their first stop token."""
-    stopped = torch.isin(ids, stops)
-    ends = torch.where(stopped.any(1), stopped.int().argmax(1) + 1, ids.shape[1]).tolist()
-    pairs = [(i[:end], p[:end]) for i, p, end in zip(ids.tolist(), logps.tolist(), ends)]
+    pairs = [(ids[:end], logps[:end]) for ids, logps, end in zip(all_ids.tolist(), all_logps.tolist(), ends.tolist())]
     return [pairs[start:start + n] for start in range(0, len(pairs), n)]
 
 
@@ -478,13 +478,14 @@ def pad(sequences: list[list], device, side: str = "right"):
 
 
 def read_head(head, states, targets, temperature: float):
-    """log p of each target and entropy of its distribution, both (N,), from hidden states (N, H)."""
+    """log p of each target and entropy of its distribution, both (N,) and in nats, from hidden states (N, H)."""
     log_p = (head(states).float() / temperature).log_softmax(-1)  # (N, V)
     return log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
 
 
 def score(model, prompts, responses, temperature: float = 1.0, critic=None):
     """One forward pass over prompt + response -> logps, mask, entropy, values, all (B, T), of the response's tokens.
+    logps and entropy are in nats; all but the mask are 0 where it is False.
 
     values[b, t] is what critic, if any, says before token t; it only reads the states and does not train them.
     The logits of a real vocabulary would fill the memory: they exist for some tokens at a time, and the backward pass
@@ -697,7 +698,7 @@ def comprehension(model, tokenizer, problem: Problem, traces: list[str], follow=
 
 
 def choose_traces(student: Student, problem: Problem, k: int) -> list[Sample]:
-    """The k traces to learn from: those that the student comprehends best, ties to the shorter one.
+    """The k traces to learn from: those that the student comprehends best, ties to the shorter one (AMPO).
 
     >>> sorted(trace.source for trace in choose_traces(student, problem, 2))
     ['undo', 'work']
@@ -711,7 +712,7 @@ def choose_traces(student: Student, problem: Problem, k: int) -> list[Sample]:
 
 
 def swap_in(traces: list[Sample], group: list[Sample]) -> list[Sample]:
-    """The group with traces in place of as many random incorrect rollouts.
+    """The group with traces in place of as many random incorrect rollouts (AMPO).
 
     >>> [s.source for s in swap_in(teacher_samples(student, problem)[:1], [right, wrong, right])]
     ['student', 'undo', 'student']
@@ -722,7 +723,7 @@ def swap_in(traces: list[Sample], group: list[Sample]) -> list[Sample]:
 
 
 def guide_grpo(student, problems, groups):
-    """GRPO: nothing. A failed group stays without signal.
+    """GRPO (Shao et al. 2024, arXiv 2402.03300): nothing. A failed group stays without signal.
 
     >>> guide_grpo(student, [problem], [[wrong] * 4]) == [[wrong] * 4]
     True
@@ -731,7 +732,7 @@ def guide_grpo(student, problems, groups):
 
 
 def guide_luffy(student, problems, groups):
-    """LUFFY: one teacher's trace takes slot 0 of every group, failed or not.
+    """LUFFY (arXiv 2504.14945): one teacher's trace takes slot 0 of every group, failed or not.
 
     >>> [s.source for s in guide_luffy(student, [problem], [[right] * 4])[0]]
     ['undo', 'student', 'student', 'student']
@@ -740,7 +741,8 @@ def guide_luffy(student, problems, groups):
 
 
 def guide_ampo(student, problems, groups):
-    """AMPO: in a failed group the k traces that the student comprehends best replace k random failures.
+    """AMPO (arXiv 2510.02227): in a failed group the k traces that the student comprehends best replace k random
+    failures. With the trigger of its second version they fill the group up to half.
 
     >>> failed, mixed = guide_ampo(student, [problem, problem], [[wrong] * 4, [wrong, right, wrong, wrong]])
     >>> sorted(s.source for s in failed), {s.source for s in mixed}
@@ -765,8 +767,9 @@ def retry(student, problems, groups, message: callable, trigger: str = "fail") -
 
 
 def guide_guide(student, problems, groups):
-    """Guide: rollouts of a failed group's hinted message train the plain prompt. Their old_logps are the sampler's
-    under the hint, so that their ratio is π(·|q) / π_old(·|q,hint). They replace the group (code) or join it (paper).
+    """Guide (arXiv 2506.13923): rollouts of a failed group's hinted message train the plain prompt. Their old_logps are
+    the sampler's under the hint, so that their ratio is π(·|q) / π_old(·|q,hint). They replace the group (code) or join
+    it (paper, by third-party accounts).
 
     >>> hinted = guide_guide(student, [problem], [[wrong] * 4])[0]
     >>> {(s.source, s.off_policy, s.prompt == wrong.prompt) for s in hinted}
@@ -782,8 +785,9 @@ LEAD = "\n The following text is the beginning part of the answer, which you can
 
 
 def guide_ghpo(student, problems, groups):
-    """GHPO: show more and more of the solution until a fresh group has a success, and train that group on the prompt
-    it was sampled with. (The official code rebuilds the prompts of groups rescued earlier: a bug, not copied.)
+    """GHPO (arXiv 2507.10628): show more and more of the solution until a fresh group has a success, and train that
+    group on the prompt it was sampled with. (The official code rebuilds the prompts of groups rescued earlier: a bug,
+    not copied.)
 
     >>> rescued = guide_ghpo(student, [problem], [[wrong] * 4])[0]
     >>> {(s.source, s.off_policy, s.prompt == wrong.prompt) for s in rescued}, any(s.correct for s in rescued)
@@ -852,7 +856,8 @@ def set_advantages(student: Student, groups: list[list[Sample]]):
 
 
 def value_loss(values, old_values, advantages, clip: float):
-    """Squared error of the value head against GAE's returns, not better than what the clip allows; all (B, T)."""
+    """Half the squared error of the value head against GAE's returns, and no less than if the values had moved by at
+    most `clip` (customary in PPO, though not in its paper); all (B, T)."""
     returns, clipped = old_values + advantages, old_values + (values - old_values).clamp(-clip, clip)
     return torch.max((values - returns) ** 2, (clipped - returns) ** 2) / 2
 
@@ -892,8 +897,8 @@ def columns(student: Student, batch: list[Sample], names: str) -> list:
 
 @torch.no_grad()
 def guided_gamma(student: Student, samples: list[Sample]) -> float:
-    """Guide's γ: the 90th percentile of the guided tokens' ratio in this update, at least 1e-4. Over response tokens
-    only: the official code forgets the mask and takes in the padding, whose ratio is 1."""
+    """γ of Guide (arXiv 2506.13923): the 90th percentile of the guided tokens' ratio in this update, at least 1e-4, over
+    response tokens only: the official code forgets the mask and takes in the padding, whose ratio is 1."""
     ratios = [torch.zeros(0)]
     for batch in micro_batches([s for s in samples if s.off_policy], student.cfg.micro_tokens):
         logps, mask, _, _ = score_samples(student, batch)

@@ -138,7 +138,7 @@ def convert(row, left_out, fits=lambda question: True):
                "solution": solution if isinstance(solution, str) else ""}
     problem = {name: value for name, value in problem.items() if value}
     try:
-        ampo.parse_problem(json.dumps(problem), "row")
+        ampo.parse_problem(problem, "row")
     except ampo.InputError as error:
         raise ampo.InputError(f"other: {error}")
     return problem

@@ -148,9 +148,9 @@ class TestDropping:
 
     def test_what_the_reader_refuses_is_dropped(self, converted, monkeypatch):
         parse = ampo.parse_problem
-        def picky(line, where):
-            ampo.refuse("picky" in line, f"{where}: too picky")
-            return parse(line, where)
+        def picky(row, where):
+            ampo.refuse("picky" in row.values(), f"{where}: too picky")
+            return parse(row, where)
         monkeypatch.setattr(ampo, "parse_problem", picky)
         rows, said = converted([verl_row(), verl_row(hint="picky")])
         assert len(rows) == 1 and "  1 other: row: too picky" in said.splitlines()

@@ -11,6 +11,7 @@ cut off goes on from its last checkpoint (in runs/study). table.py and plot.py r
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -28,12 +29,13 @@ TEST = ["test", "ood_letters", "ood_phrasings", "ood_swapped", "ood_deeper", "oo
 SWEEP = {f"{method} lr={lr}": (["--method", method, "--lr", lr], ["valid"])
          for lr in ("1e-4", "2e-4", "4e-4") for method in ("grpo", "ampo")}
 MAIN = {"base": (None, TEST)} | {name: (["--method", *flags.split()], TEST) for name, flags in {
-    "grpo": "grpo", "ampo": "ampo", "luffy": "luffy", "guide": "guide", "ghpo": "ghpo", "sft": "sft",
-    "sft+grpo": f"grpo --steps {STEPS // 2} --model runs/study/sft_half-SEED/model",  # as many steps in all
-    "grpo, more steps": "grpo --steps 400"}.items()}  # about as many sampled tokens as ghpo
+    "grpo": "grpo", "ampo": "ampo", "sft": "sft", "luffy": "luffy", "guide": "guide", "ghpo": "ghpo",
+    "grpo, more steps": "grpo --steps 400",  # about as many sampled tokens as ghpo
+    "sft+grpo": f"grpo --steps {STEPS // 2} --model runs/study/sft_half-SEED/model"}.items()}  # as many steps in all
 SFT_HALF = ["--method", "sft", "--steps", str(STEPS // 2)]
-ABLATIONS = {name: (["--method", "ampo", *flags.split()], ["test"]) for name, flags in {
-    "select random": "", "select shortest": "", "select longest": "", "k=1": "--k 1", "k=3": "--k 3", "k=4": "--k 4",
+BEGINNINGS = {"sft": "sft_half", "grpo, more steps": "main-grpo"}  # shorter runs that these only continue
+ABLATIONS = {name: (["--method", "ampo", "--steps", "125", *flags.split()], ["test"]) for name, flags in {
+    "ampo": "", "select random": "", "select shortest": "", "select longest": "", "k=1": "--k 1", "k=3": "--k 3", "k=4": "--k 4",
     "teachers undo": "--k 1", "teachers work": "--k 1", "teachers expand": "--k 1", "teachers secant": "--k 1",
     "teachers undo,work": "", "always": "--trigger always", "v2's trigger": "--trigger half",
     "follow paper": "--follow paper", "gamma=0.01": "--gamma 0.01", "gamma=1": "--gamma 1"}.items()}
@@ -80,8 +82,10 @@ def curves(metrics_file):
     return {c: [mean([row[c] for row in chunk]) for chunk in chunks] for c in columns}, round(seconds)
 
 
-def train(ampo, flags, seed, out):
-    """One training run through the command line; goes on from its last checkpoint."""
+def train(ampo, flags, seed, out, beginning=None):
+    """One training run through the command line; goes on from its last checkpoint, or from that of its beginning."""
+    if beginning and (beginning / "model").exists() and not out.exists():
+        shutil.copytree(beginning, out)  # resuming is exact
     argv = ["--steps", str(STEPS), *flags, "--seed", str(seed), "--eval_every", "0", "--out", str(out)]
     return ampo.main(argv + ["--resume"] * (out / "metrics.jsonl").exists())
 
@@ -97,13 +101,11 @@ def run(part, name, seed):
         ampo.comprehension = other_selection(what)
     if kind == "teachers":
         flags = [*flags, "--data", with_teachers(what, out.parent / f"{what}-{seed}.jsonl")]
-    if name == "sft+grpo":
-        half = ROOT / "runs" / "study" / f"sft_half-{seed}"
-        assert (half / "model" / "done").exists() or train(ampo, SFT_HALF, seed, half) == 0
-        (half / "model" / "done").touch()
+    if name in ("sft", "sft+grpo"):
+        assert train(ampo, SFT_HALF, seed, out.parent / f"sft_half-{seed}") == 0
         flags = [flag.replace("SEED", str(seed)) for flag in flags]
     if flags is not None:
-        assert train(ampo, flags, seed, out) == 0
+        assert train(ampo, flags, seed, out, out.parent / f"{BEGINNINGS[name]}-{seed}" if name in BEGINNINGS else None) == 0
         row["curves"], row["seconds"] = curves(out / "metrics.jsonl")
     student = ampo.load_student(str(out / "model") if flags else str(ROOT / "data" / "base"), ampo.Config(seed=seed))
     for name_of_set in sets:
