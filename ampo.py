@@ -897,8 +897,8 @@ def columns(student: Student, batch: list[Sample], names: str) -> list:
 
 @torch.no_grad()
 def guided_gamma(student: Student, samples: list[Sample]) -> float:
-    """γ of Guide (arXiv 2506.13923): the 90th percentile of the guided tokens' ratio in this update, at least 1e-4, over
-    response tokens only: the official code forgets the mask and takes in the padding, whose ratio is 1."""
+    """γ of Guide (arXiv 2506.13923): the 90th percentile of the guided tokens' ratio in this update, at least 1e-4,
+    over response tokens only: the official code forgets the mask and takes in the padding, whose ratio is 1."""
     ratios = [torch.zeros(0)]
     for batch in micro_batches([s for s in samples if s.off_policy], student.cfg.micro_tokens):
         logps, mask, _, _ = score_samples(student, batch)

@@ -1,7 +1,9 @@
 """Tests of convert.py and teach.py: published rows made by hand, and the base model as a teacher.
 
-A test for each published form, then what is dropped and refused; teaching twice, stopped and in one go.
+A test for each published form, then what is dropped and refused; teaching twice, stopped and in one go. At the end
+exercise.py and mutate.py.
 """
+import ast
 import json
 import math
 import os
@@ -16,6 +18,8 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import ampo
 import convert
+import exercise
+import mutate
 import teach
 
 BASE, TRAIN = str(HERE / "base"), HERE / "train.jsonl"
@@ -417,3 +421,45 @@ class TestPromptLimit:
         (tmp_path / "in.jsonl").write_text("{}\n")
         assert convert.main([str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "o"), "--max_prompt_tokens", "9"]) == 2
         assert "--model" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# exercise.py and mutate.py
+
+
+class TestExercise:
+    def test_only_the_bodies_named_are_taken_out(self, capsys):
+        exercise.main(["gae", "pad"])
+        sources = exercise.SOURCE.read_text(), capsys.readouterr().out
+        assert sources[1].count('\n    raise NotImplementedError("gae is yours to write")\n') == 1
+        before, after = (exercise.definitions(ast.parse(source)) for source in sources)
+        changed = {name for name in before if ast.unparse(before[name]) != ast.unparse(after[name])}
+        assert changed == {"gae", "pad"} and before.keys() == after.keys()
+        assert ast.get_docstring(after["gae"]) == ast.get_docstring(before["gae"])
+
+    def test_a_name_that_is_none(self):
+        with pytest.raises(SystemExit, match="nonsense"):
+            exercise.main(["gae", "nonsense"])
+
+
+class TestMutate:
+    SOURCE = """
+class Config:
+    clip: float = flag(0.2, "help")
+
+def f(x, mask, cfg):
+    y = min(x * mask, 1) - x.detach()
+    return y if not cfg.clip < 3 else -y
+"""
+
+    def test_each_fault_is_one_change_that_compiles(self):
+        faults = mutate.faults(self.SOURCE)
+        assert all(source != self.SOURCE and compile(source, "f", "exec") for *_, source in faults)
+        said = {(what, before, after) for _, _, what, before, after, _ in faults}
+        assert said >= {("name", "min", "max"), ("mask dropped", "x * mask", "x"), ("detach dropped", "x.detach()", "x"),
+                        ("comparison", "cfg.clip < 3", "cfg.clip <= 3"), ("flag not read", "cfg.clip", "0.2"),
+                        ("constant", "1", "2"), ("constant", "1", "0"), ("sign or not dropped", "-y", "y"),
+                        ("operator", "min(x * mask, 1) - x.detach()", "min(x * mask, 1) + x.detach()")}
+
+    def test_only_the_functions_wanted(self):
+        assert mutate.faults(self.SOURCE, ["g"]) == []

@@ -4,7 +4,6 @@
     python data/results/plot.py [runs.jsonl]         # writes curves.png and pass_at_k.png beside this file
 """
 import json
-import math
 import statistics
 import sys
 
@@ -12,21 +11,19 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from table import HERE, T95, ampo, load
+from table import HERE, ampo, load
 
 COLOURS = {"base": "#8a8a8a", "grpo": "#0072b2", "ampo": "#d55e00", "luffy": "#009e73", "guide": "#cc79a7",
            "ghpo": "#8b6d00"}  # told apart by readers who see few colours
 STYLES = {"grpo": "-", "ampo": "-", "luffy": "--", "guide": "-.", "ghpo": ":", "base": "--"}
 
 
-def band(axis, xs, series, name):
-    """Mean over seeds with its 95 % interval."""
+def lines(axis, xs, series, name):
+    """The mean over seeds, and each seed as a thin line: an interval would hide that some seeds differ in kind."""
+    for values in series if len(series) > 1 else []:
+        axis.plot(xs, values, color=COLOURS[name], linewidth=0.8, alpha=0.35)
     mean = [statistics.mean(values) for values in zip(*series)]
-    axis.plot(xs, mean, color=COLOURS[name], linestyle=STYLES[name], linewidth=2, label=name)
-    if len(series) > 1:
-        half = [T95[len(series)] * statistics.stdev(values) / math.sqrt(len(series)) for values in zip(*series)]
-        axis.fill_between(xs, [m - h for m, h in zip(mean, half)], [m + h for m, h in zip(mean, half)],
-                          color=COLOURS[name], alpha=0.15, linewidth=0)
+    axis.plot(xs, mean, color=COLOURS[name], linestyle=STYLES[name], linewidth=2.2, label=name)
 
 
 def clean(axis, title, xlabel):
@@ -45,10 +42,10 @@ def curves(runs):
         for name in ("grpo", "luffy", "guide", "ghpo", "ampo"):
             series = [row["curves"][column] for row in runs.get(("main", name), {}).values()]
             if series:
-                band(axis, [10 * i + 5 for i in range(len(series[0]))], series, name)
+                lines(axis, [10 * i + 5 for i in range(len(series[0]))], series, name)
         clean(axis, title, "training step")
     axes[0].legend(frameon=False, fontsize=10)
-    figure.savefig(HERE / "curves.png", dpi=160)
+    figure.savefig(HERE / "curves.png", dpi=130)
 
 
 def pass_at_k_curves(runs):
@@ -60,14 +57,13 @@ def pass_at_k_curves(runs):
         for name in ("base", "grpo", "ampo"):
             rows = runs.get(("main", name), {}).values()
             solved = [[c for c, level in zip(row["test"]["solved"], levels) if level in hard] for row in rows]
-            band(axis, ks, [[statistics.mean(ampo.pass_at_k(32, c, k) for c in row) for k in ks]
-                            for row in solved], name)
+            lines(axis, ks, [[statistics.mean(ampo.pass_at_k(32, c, k) for c in row) for k in ks] for row in solved], name)
         axis.set_xscale("log", base=2)
         axis.set_xticks(ks, ks)
         axis.set_ylim(0, 1)
         clean(axis, title, "k")
     axes[0].legend(frameon=False, fontsize=10, loc="lower right")
-    figure.savefig(HERE / "pass_at_k.png", dpi=160)
+    figure.savefig(HERE / "pass_at_k.png", dpi=130)
 
 
 if __name__ == "__main__":
