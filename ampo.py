@@ -89,7 +89,7 @@ class Config:
     gamma: float = flag(0.1, "γ of the off-policy shaping x/(x+γ); guide measures its own", 0)
     entropy_coef: float = flag(0.001, "weight of the entropy bonus", 0)
     follow: str = flag("code", "whom to follow where paper and official code disagree", choices=("code", "paper"))
-    trigger: str = flag("fail", "guide groups with none right, or under half (v2)", choices=("fail", "half", "always"))
+    trigger: str = flag("fail", "ampo, guide: with none right, or under half (v2)", choices=("fail", "half", "always"))
     k: int = flag(2, "ampo: traces swapped into a failed group", 1)
     cold_start: int = flag(0, "first steps without any guidance (an option of GHPO)", 0)
     micro_tokens: int = flag(2048, "padded tokens of one training pass; a matter of memory, not of results", 1)
@@ -131,12 +131,13 @@ class Problem:
     where: str = ""                               # file:line, for messages
 
 
-def load_problems(path) -> list[Problem]:
-    """Read a JSONL file of problems. Raises OSError, or InputError naming file, line and field."""
+def load_problems(path) -> list:
+    """Read a JSONL file of Problems. Raises OSError, or InputError naming file, line and field."""
     lines = enumerate(Path(path).read_text(encoding="utf-8", errors="replace").split("\n"), 1)
-    rows = [(f"{path}:{number}", line) for number, line in lines if line.strip()]
-    decode = lambda where, line: attempt(f"{where}: not a JSON object", lambda: dict(json.loads(line)))
-    problems = [parse_problem(decode(where, line), where) for where, line in rows]
+    lines = [(f"{path}:{number}", line) for number, line in lines if line.strip()]
+    # Written and read once more, as JSON can spell halves of characters that no tokenizer takes.
+    decode = lambda line: json.loads(json.dumps(json.loads(line) | {}, ensure_ascii=False).encode())
+    problems = [parse_problem(attempt(f"{where}: not a JSON object", decode, line), where) for where, line in lines]
     refuse(not problems, f"{path}: holds no problems")
     return problems
 
@@ -144,7 +145,7 @@ def load_problems(path) -> list[Problem]:
 def parse_problem(row: dict, where: str) -> Problem:
     """One JSON object -> Problem. Numbers become text; fields that Problem does not have are ignored."""
     row = {f.name: row[f.name] for f in fields(Problem) if row.get(f.name) is not None} | {"where": where}
-    row |= {name: str(value) for name, value in row.items() if type(value) in (int, float)}
+    row |= {name: str(value) for name, value in row.items() if type(value) in (int, float) and abs(value) < math.inf}
     for f in fields(Problem):
         value, kind = row.get(f.name, f.type()), "an object of texts" if f.type is dict else "text"
         good = isinstance(value, f.type) and {type(v) for v in (value.values() if f.type is dict else [])} <= {str}
@@ -554,7 +555,7 @@ def gae(values, rewards, mask, lam: float = 0.95):
     delta = rewards[:, None] * last + torch.nn.functional.pad(values[:, 1:], (0, 1)) - values
     advantages, later = torch.zeros_like(values), 0
     for t in reversed(range(mask.shape[1])): advantages[:, t] = later = delta[:, t] + lam * later
-    return advantages * mask
+    return advantages
 
 
 def policy_objective(logps, old_logps, advantages, off_policy, clip: float = 0.2, gamma=0.1):
@@ -584,7 +585,8 @@ def policy_objective(logps, old_logps, advantages, off_policy, clip: float = 0.2
 # §7 Guidance: what each method does with a failed group
 
 # In the examples, `student` is data/base with G = 4, `problem` is "Solve 3*(4*x+2)-4=20." with traces of the teachers
-# undo, work and secant, a hint and a solution, and `wrong` and `right` are two rollouts of it.
+# undo, work and secant, a hint and a solution, and `wrong` and `right` are two rollouts of it. Throughout, `problems` are
+# Problems, a group is a list of Samples, and `groups` has one a problem.
 
 
 @dataclass
@@ -617,7 +619,7 @@ class Student:
     sampled: int = 0         # tokens sampled in this step, guidance included
 
 
-def rollout(student: Student, problems: list[Problem], messages: list[str]) -> list[list[Sample]]:
+def rollout(student, problems, messages: list[str]) -> list[list]:
     """G verified rollouts of each message, a group a problem; they train on the prompt they were sampled with.
 
     >>> (group,) = rollout(student, [problem], [problem.question])
@@ -634,7 +636,7 @@ def rollout(student: Student, problems: list[Problem], messages: list[str]) -> l
     return [[judge(student, p, prompt, *pair) for pair in group] for p, prompt, group in zip(problems, prompts, groups)]
 
 
-def judge(student: Student, problem: Problem, prompt, ids, logps) -> Sample:
+def judge(student, problem, prompt: list[int], ids: list[int], logps: list[float]) -> Sample:
     """Verify one rollout. The reward is 0.9 for a right answer + 0.1 for giving one at all, as in official AMPO.
 
     >>> texts = ["8-2=6 \\\\boxed{6/4}", "8-2=6 \\\\boxed{6}", "8-2=6"]
@@ -645,7 +647,7 @@ def judge(student: Student, problem: Problem, prompt, ids, logps) -> Sample:
     return Sample(prompt, ids, logps, text, correct, 0.9 * correct + 0.1 * (extract_answer(text) is not None))
 
 
-def needs_guidance(group: list[Sample], trigger: str = "fail") -> bool:
+def needs_guidance(group, trigger: str = "fail") -> bool:
     """fail: no rollout is correct, the situation this file is about. half: fewer than half are (AMPO v2). always.
 
     >>> two, three = [wrong, wrong], [wrong, wrong, right]
@@ -655,7 +657,7 @@ def needs_guidance(group: list[Sample], trigger: str = "fail") -> bool:
     return sum(sample.correct for sample in group) / len(group) < {"fail": 1e-9, "half": 0.5, "always": 2}[trigger]
 
 
-def teacher_samples(student: Student, problem: Problem) -> list[Sample]:
+def teacher_samples(student, problem) -> list[Sample]:
     """The problem's traces as samples, in the order of the file. π_φ is taken as 1, so old_logps = 0. Their reward is
     forced to 1 (AMPO v1; v2 verifies it). Traces longer than the student may write are left out.
 
@@ -672,7 +674,7 @@ def teacher_samples(student: Student, problem: Problem) -> list[Sample]:
 
 
 @torch.no_grad()
-def comprehension(model, tokenizer, problem: Problem, traces: list[str], follow="code", system="") -> list[float]:
+def comprehension(model, tokenizer, problem, traces: list[str], follow="code", system="") -> list[float]:
     """How well the student understands each trace: the probability r_p of the gold answer after it (AMPO Eq. 5).
 
     A trace is cut where its final answer starts, the gold answer is put there, and only its tokens are scored.
@@ -697,7 +699,7 @@ def comprehension(model, tokenizer, problem: Problem, traces: list[str], follow=
     return [score * bool(before) for score, before in zip(scores.tolist(), cut)]
 
 
-def choose_traces(student: Student, problem: Problem, k: int) -> list[Sample]:
+def choose_traces(student, problem, k: int) -> list:
     """The k traces to learn from: those that the student comprehends best, ties to the shorter one (AMPO).
 
     >>> sorted(trace.source for trace in choose_traces(student, problem, 2))
@@ -711,7 +713,7 @@ def choose_traces(student: Student, problem: Problem, k: int) -> list[Sample]:
     return [traces[i] for i in sorted(range(len(traces)), key=lambda i: (-r[i], len(traces[i].ids)))[:k]]
 
 
-def swap_in(traces: list[Sample], group: list[Sample]) -> list[Sample]:
+def swap_in(traces, group) -> list:
     """The group with traces in place of as many random incorrect rollouts (AMPO).
 
     >>> [s.source for s in swap_in(teacher_samples(student, problem)[:1], [right, wrong, right])]
@@ -755,7 +757,7 @@ def guide_ampo(student, problems, groups):
     return groups
 
 
-def retry(student, problems, groups, message: callable, trigger: str = "fail") -> dict[int, list[Sample]]:
+def retry(student, problems, groups, message: callable, trigger: str = "fail") -> dict[int, list]:
     """Fresh rollouts of message(problem) for the groups that need guidance, by their index; without a message, none.
 
     >>> fresh = retry(student, [problem, problem], [[right, wrong], [wrong, wrong]], lambda p: p.hint)
@@ -914,7 +916,7 @@ def update(student: Student, optimizer, samples: list[Sample]) -> dict:
     """
     cfg, method, device = student.cfg, METHODS[student.cfg.method], student.model.device
     set_weights(samples, cfg)
-    samples = [sample for sample in samples if any(sample.advantages)]
+    samples, parameters = [s for s in samples if any(s.advantages)], optimizer.param_groups[0]["params"]
     gamma = guided_gamma(student, samples) if method.measured_gamma else cfg.gamma
     clip, entropy_coef = cfg.clip if method.clipped else math.inf, cfg.entropy_coef if method.rollouts else 0
     stats = {"grad_norm": 0.0, "tokens": 0, "clipped": 0, "gap": 0.0}
@@ -930,10 +932,10 @@ def update(student: Student, optimizer, samples: list[Sample]) -> dict:
         stats["clipped"] += (log_ratio.exp() - 1).abs().gt(cfg.clip).sum().item()
         stats["gap"] += log_ratio.abs().sum().item()
     if sum(gather(len(samples))):
-        for weight in optimizer.param_groups[0]["params"] if dist.is_initialized() else []:  # all processes' gradients
-            if weight.grad is None: weight.grad = torch.zeros_like(weight)
-            dist.all_reduce(weight.grad)
-        stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(student.model.parameters(), 1.0).item()
+        for p in parameters if dist.is_initialized() else []:  # all processes' gradients
+            if p.grad is None: p.grad = torch.zeros_like(p)
+            dist.all_reduce(p.grad)
+        stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
         if math.isfinite(stats["grad_norm"]): optimizer.step()
         else: stats["grad_norm"] = tqdm.write("a gradient is not finite: this update is skipped")  # None
         optimizer.zero_grad()
@@ -956,7 +958,7 @@ def load_student(path: str, cfg: Config) -> Student:
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     # A copy, as the alignment of a mapped file would change the rounding of a run that is resumed.
     for weight in model.to(device).parameters(): weight.data = weight.data.clone()
-    if cfg.recompute: model.gradient_checkpointing_enable({"use_reentrant": False})
+    if cfg.recompute: model.activation_checkpointing_enable()
     sampler = copy.deepcopy(model).bfloat16() if device == "cuda" else model
     stops = [tokenizer.eos_token_id] + torch.tensor(model.generation_config.eos_token_id or []).reshape(-1).tolist()
     for weight in (critic := torch.nn.Linear(model.config.hidden_size, 1).to(device)).parameters(): weight.data.zero_()
@@ -1022,7 +1024,7 @@ def evaluate(student: Student, problems: list[Problem], samples: int, temperatur
     torch.manual_seed(student.cfg.seed)
     groups = rollout(student, problems, [problem.question for problem in problems])
     right = [sum(sample.correct for sample in group) for group in groups]
-    ks = [2**i for i in range(samples.bit_length()) if 2**i < samples] + [samples]
+    ks = [2**i for i in range(samples.bit_length())] + [samples]
     scores = {f"pass@{k}": sum(pass_at_k(samples, c, k) for c in right) / len(right) for k in ks}
     return scores | {"n": len(right), "length": sum(len(s.ids) for s in sum(groups, [])) / samples / len(right)}, groups
 
@@ -1059,8 +1061,8 @@ def save_checkpoint(student: Student, optimizer, step: int, out: Path):
 
 def restore(student: Student, optimizer, checkpoint: Path, metrics_file: Path) -> int:
     """Put optimizer and value head back as they were, and forget the metrics of later steps; returns the number of
-    steps done. Random numbers need no saving: each step seeds its own."""
-    state = attempt(f"{checkpoint}/state.pt: damaged", torch.load, checkpoint / "state.pt", weights_only=True)
+    steps done. Random numbers need no saving: each step seeds its own. Raises what the libraries raise."""
+    state = torch.load(checkpoint / "state.pt", weights_only=True)
     optimizer.load_state_dict(state["optimizer"]), student.critic.load_state_dict(state["critic"])
     return os.truncate(metrics_file, state["metrics_bytes"]) or state["step"]
 
@@ -1100,12 +1102,13 @@ def train(cfg: Config, checkpoint: Path | None = None) -> int:
     out, metrics_file, ranks = Path(cfg.out), Path(cfg.out) / "metrics.jsonl", len(gather(0))
     rank = dist.get_rank() if ranks > 1 else 0  # the processes share a step's problems; the first one logs and saves
     refuse(cfg.prompts_per_step % ranks, f"--prompts_per_step {cfg.prompts_per_step}: no multiple of {ranks} processes")
+    refuse(cfg.k > cfg.group_size, f"--k {cfg.k}: more than --group_size {cfg.group_size}")
     student = load_student(str(checkpoint or cfg.model), cfg)
     data, valid, sets = load_inputs(student)
     weights = [*student.model.parameters(), *student.critic.parameters()]
     opt = torch.optim.AdamW(weights, cfg.lr, weight_decay=0.1, fused=True)
     out.mkdir(parents=True, exist_ok=True), metrics_file.open("a" if checkpoint else "w").close()
-    done = restore(student, opt, checkpoint, metrics_file) if checkpoint else 0
+    done = attempt(f"{checkpoint}: damaged", restore, student, opt, checkpoint, metrics_file) if checkpoint else 0
     stop = []  # the first Ctrl-C lets the step finish, so that what is saved is whole; the second one ends at once
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(True))
     bar = tqdm(range(done, cfg.steps), initial=done, total=cfg.steps, desc=cfg.method, disable=rank > 0)
@@ -1137,7 +1140,6 @@ def parse_config(argv: list[str]) -> tuple[Config, dict]:
     for name, least in [(f.name, f.metadata["least"]) for f in fields(Config) if f.metadata["least"] is not None]:
         refuse(not getattr(cfg, name) >= least, f"--{name} {getattr(cfg, name)}: must be at least {least}")
     refuse(cfg.method not in METHODS, f"--method {cfg.method}: not one of {', '.join(METHODS)}")
-    refuse(cfg.k > cfg.group_size, f"--k {cfg.k}: more than --group_size {cfg.group_size}")
     return cfg, given
 
 

@@ -25,22 +25,17 @@ def definitions(tree):
 
 
 def needs(name, found):
-    """The other top-level names that a definition uses when it runs; annotations do not count."""
-    annotations = set()
-    for node in ast.walk(found[name]):
-        for part in (getattr(node, "annotation", None), getattr(node, "returns", None)):
-            annotations |= set(map(id, ast.walk(part))) if part else set()
-    used = {node.id for node in ast.walk(found[name])
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and id(node) not in annotations}
-    local = {node.id for node in ast.walk(found[name]) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    return sorted((used - local) & set(found) - {name})
+    """The other top-level names that a definition uses, in its annotations too."""
+    used = [node for node in ast.walk(found[name]) if isinstance(node, ast.Name)]
+    local = {node.id for node in used if isinstance(node.ctx, ast.Store) and isinstance(found[name], ast.FunctionDef)}
+    return sorted({node.id for node in used} & set(found) - local - {name})
 
 
 def without_bodies(source, names):
     """The source with `raise NotImplementedError` for the bodies of these functions."""
     lines, found = source.splitlines(), definitions(ast.parse(source))
     for name in sorted(names, key=lambda name: -found[name].lineno):  # from the end, so that line numbers stay true
-        first = found[name].body[bool(ast.get_docstring(found[name]))] if len(found[name].body) > 1 else found[name].body[0]
+        first = found[name].body[bool(ast.get_docstring(found[name]))]
         lines[first.lineno - 1:found[name].end_lineno] = [f'    raise NotImplementedError("{name} is yours to write")']
     return "\n".join(lines) + "\n"
 
