@@ -19,6 +19,7 @@ import resource
 import shutil
 import signal
 import statistics
+import string
 import subprocess
 import sys
 import threading
@@ -696,6 +697,9 @@ class Test_same_answer:
     def test_both_signs_are_probed(self):
         self.different("x may be negative", ("x", "\\sqrt{x^2}"), ("-x", "\\sqrt{x^2}"))
         self.equal("x may be negative", ("|x|", "\\sqrt{x^2}"))
+        for letter in sorted(set(string.ascii_letters) - {"e", "i"}):
+            self.different("every letter but e and i may be negative and positive", (letter, f"|{letter}|"),
+                           (f"-{letter}", f"|{letter}|"))
 
     def test_near_integers_need_the_second_precision(self):
         self.different("they differ from digit 31 on", ("\\frac{\\ln(640320^3+744)}{\\sqrt{163}}", "\\pi"))
