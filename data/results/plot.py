@@ -57,7 +57,8 @@ def pass_at_k_curves(runs):
         for name in ("base", "grpo", "ampo"):
             rows = runs.get(("main", name), {}).values()
             solved = [[c for c, level in zip(row["test"]["solved"], levels) if level in hard] for row in rows]
-            lines(axis, ks, [[statistics.mean(ampo.pass_at_k(32, c, k) for c in row) for k in ks] for row in solved], name)
+            mean = lambda row, k: statistics.mean(ampo.pass_at_k(32, c, k) for c in row)
+            lines(axis, ks, [[mean(row, k) for k in ks] for row in solved], name)
         axis.set_xscale("log", base=2)
         axis.set_xticks(ks, ks)
         axis.set_ylim(0, 1)

@@ -34,9 +34,9 @@ MAIN = {"base": (None, TEST)} | {name: (["--method", *flags.split()], TEST) for 
     "sft+grpo": f"grpo --steps {STEPS // 2} --model runs/study/sft_half-SEED/model"}.items()}  # as many steps in all
 SFT_HALF = ["--method", "sft", "--steps", str(STEPS // 2)]
 BEGINNINGS = {"sft": "sft_half", "grpo, more steps": "main-grpo"}  # shorter runs that these only continue
-ABLATIONS = {name: (["--method", "ampo", "--steps", "125", *flags.split()], ["test"]) for name, flags in {
-    "ampo": "", "select random": "", "select shortest": "", "select longest": "", "k=1": "--k 1", "k=3": "--k 3", "k=4": "--k 4",
-    "teachers undo": "--k 1", "teachers work": "--k 1", "teachers expand": "--k 1", "teachers secant": "--k 1",
+ABLATIONS = {name: (["--method", "ampo", "--steps", "100", *flags.split()], ["test"]) for name, flags in {
+    "ampo": "", "select random": "", "select shortest": "", "select longest": "",
+    "k=1": "--k 1", "k=3": "--k 3", "k=4": "--k 4", "teachers undo": "--k 1", "teachers work": "--k 1", "teachers expand": "--k 1", "teachers secant": "--k 1",
     "teachers undo,work": "", "always": "--trigger always", "v2's trigger": "--trigger half",
     "follow paper": "--follow paper", "gamma=0.01": "--gamma 0.01", "gamma=1": "--gamma 1"}.items()}
 PARTS = {"sweep": (SWEEP, [100]), "main": (MAIN, range(5)), "ablations": (ABLATIONS, range(3))}
@@ -105,7 +105,8 @@ def run(part, name, seed):
         assert train(ampo, SFT_HALF, seed, out.parent / f"sft_half-{seed}") == 0
         flags = [flag.replace("SEED", str(seed)) for flag in flags]
     if flags is not None:
-        assert train(ampo, flags, seed, out, out.parent / f"{BEGINNINGS[name]}-{seed}" if name in BEGINNINGS else None) == 0
+        beginning = out.parent / f"{BEGINNINGS[name]}-{seed}" if name in BEGINNINGS else None
+        assert train(ampo, flags, seed, out, beginning) == 0
         row["curves"], row["seconds"] = curves(out / "metrics.jsonl")
     student = ampo.load_student(str(out / "model") if flags else str(ROOT / "data" / "base"), ampo.Config(seed=seed))
     for name_of_set in sets:

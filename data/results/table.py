@@ -42,8 +42,8 @@ def interval(values):
     """mean ± half-width; the mean alone for a single seed."""
     if None in values or not values:
         return "–"
-    mean = f"{statistics.mean(values):.1f}"
-    return f"{mean} ± {T95[len(values)] * statistics.stdev(values) / math.sqrt(len(values)):.1f}" if len(values) > 1 else mean
+    mean, n = f"{statistics.mean(values):.1f}", len(values)
+    return f"{mean} ± {T95[n] * statistics.stdev(values) / math.sqrt(n):.1f}" if n > 1 else mean
 
 
 def table(head, rows):
@@ -53,8 +53,8 @@ def table(head, rows):
 
 def cells(runs, part, names, columns):
     """One row a run name: its number of seeds and the interval of each column."""
-    return [[name, str(len(runs[part, name]))] + [interval([f(row) for row in runs[part, name].values()]) for f in columns]
-            for name in names if (part, name) in runs]
+    return [[name, str(len(rows))] + [interval([f(row) for row in rows.values()]) for f in columns]
+            for name in names if (rows := runs.get((part, name)))]
 
 
 def paired(runs, part, names, base, f):
@@ -83,21 +83,26 @@ def main():
     percent = lambda f: lambda row: None if f(row) is None else 100 * f(row)
     tokens = lambda row: sum(row["curves"]["tokens"]) * 10 / 1e6 if "curves" in row else None
     names = [name for name in MAIN if ("main", name) in runs]
-    print("# Results\n\nMade by table.py from runs.jsonl; see the README for what they say.\n\n## Test and other families\n")
+    print("# Results\n\nMade by table.py from runs.jsonl; see the README for what they say.\n")
+    print("## Test and other families\n\nPer cent solved; the other families at one sample.\n")
     print(table(["", "seeds", "test @1", "@8", "@32", *(name[4:] for name in OOD), "mean of the five"],
                 cells(runs, "main", names, [test(1), test(8), test(32)] +
                       [lambda row, s=s: pass_at_k(row, s, 1) for s in OOD] + [ood_mean])))
     grpo = runs.get(("main", "grpo"), {})
     columns = [paired(runs, "main", names, grpo, f) for f in (test(1), test(8), test(32), ood_mean)]
-    print("Difference to grpo, paired by seed:\n")
-    print(table(["", "test @1", "@8", "@32", "mean of the five"],
-                [[name, *(column[name] for column in columns)] for name in names if name not in ("grpo", "base")]))
+    print("Difference to grpo, paired by seed, and test @1 of each seed:\n")
+    each = lambda name: ", ".join(f"{test(1)(row):.1f}" for _, row in sorted(runs["main", name].items()))
+    print(table(["", "test @1", "@8", "@32", "mean of the five", "test @1 seed by seed"],
+                [[name, *("" if name in ("base", "grpo") else column[name] for column in columns), each(name)]
+                 for name in names]))
     print("## What it took\n\nEntropy in nats a token and length in tokens on test at temperature 0.6; failed groups "
-          "(%) in the last ten steps; tokens sampled in training (millions); seconds of training on one shared core.\n")
+          "(%) in the last ten steps; tokens sampled in training (millions); seconds of training on one core, of the fastest seed, as the machine had "
+          "other work.\n")
+    seconds = lambda name: [row["seconds"] for row in runs["main", name].values() if "seconds" in row]
+    costs = cells(runs, "main", names, [lambda row: 100 * row["test"]["entropy"], lambda row: row["test"]["length"],
+                                        percent(last("fail_rate")), tokens])
     print(table(["", "seeds", "entropy × 100", "length", "failed groups", "tokens sampled", "seconds"],
-                cells(runs, "main", names, [
-                    lambda row: 100 * row["test"]["entropy"], lambda row: row["test"]["length"],
-                    percent(last("fail_rate")), tokens, lambda row: row.get("seconds")])))
+                [[*row, str(min(seconds(row[0]), default="–"))] for row in costs]))
     print("## Newly solved problems (Guide's analysis)\n\nPoints of pass@1 gained on test: on problems that the base "
           "solves within 16 samples (self-distillation) and on others (capability gain).\n")
     base = runs.get(("main", "base"), {})
@@ -106,13 +111,14 @@ def main():
                 [[name, interval([a for a, _ in rows]), interval([b for _, b in rows])]
                  for name, rows in split.items() if name != "base"]))
     ablations = [name for part, name in runs if part == "ablations"]
-    reference = {seed: row for seed, row in runs.get(("main", "ampo"), {}).items() if seed < 3}
-    print("## Ablations of ampo\n\nThe default: comprehension, k=2, four teachers, on failure, γ=0.1, --follow code.\n")
-    rows = cells(runs | {("ablations", "ampo"): reference}, "ablations", ["ampo", *ablations],
-                 [test(1), test(8), test(32), lambda row: 100 * row["test"]["entropy"]]) if reference else []
+    reference = runs.get(("ablations", "ampo"), {})
+    print("## Ablations of ampo\n\nAfter 100 steps. ampo itself: comprehension, k=2, four teachers, on failure, γ=0.1, "
+          "--follow code.\n")
+    rows = cells(runs, "ablations", ablations,
+                 [test(1), test(8), test(32), lambda row: 100 * row["test"]["entropy"]])
     difference = paired(runs, "ablations", ablations, reference, test(1))
     print(table(["", "seeds", "test @1", "@8", "@32", "entropy × 100", "@1 against the default"],
-                [[*row, difference.get(row[0], "")] for row in rows]))
+                [[*row, "" if row[0] == "ampo" else difference[row[0]]] for row in rows]))
     print("## Learning rate, on the validation set (one seed)\n")
     sweep = [name for part, name in runs if part == "sweep"]
     print(table(["", "seeds", "@1", "@8", "@32"], cells(runs, "sweep", sweep, [
