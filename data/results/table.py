@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 import ampo
+import study
 
 OOD = ["ood_letters", "ood_phrasings", "ood_swapped", "ood_deeper", "ood_forward"]
 MAIN = ["base", "sft", "grpo", "sft+grpo", "luffy", "guide", "ghpo", "ampo", "grpo, more steps"]
@@ -110,7 +111,7 @@ def main():
     print(table(["", "self-distillation", "capability gain"],
                 [[name, interval([a for a, _ in rows]), interval([b for _, b in rows])]
                  for name, rows in split.items() if name != "base"]))
-    ablations = [name for part, name in runs if part == "ablations"]
+    ablations = [name for name in study.ABLATIONS if ("ablations", name) in runs]
     reference = runs.get(("ablations", "ampo"), {})
     print("## Ablations of ampo\n\nAfter 100 steps. ampo itself: comprehension, k=2, four teachers, on failure, γ=0.1, "
           "--follow code.\n")
@@ -120,8 +121,7 @@ def main():
     print(table(["", "seeds", "test @1", "@8", "@32", "entropy × 100", "@1 against the default"],
                 [[*row, "" if row[0] == "ampo" else difference[row[0]]] for row in rows]))
     print("## Learning rate, on the validation set (one seed)\n")
-    sweep = [name for part, name in runs if part == "sweep"]
-    print(table(["", "seeds", "@1", "@8", "@32"], cells(runs, "sweep", sweep, [
+    print(table(["", "seeds", "@1", "@8", "@32"], cells(runs, "sweep", study.SWEEP, [
         lambda row, k=k: pass_at_k(row, "valid", k) for k in (1, 8, 32)])))
 
 
