@@ -115,6 +115,7 @@ def fails(arguments, module, seconds):
     child = os.fork()
     if child == 0:
         os.setpgrp()
+        os.chdir(module.parent)  # whatever a faulty file may write
         os.environ["AMPO_MODULE"] = str(module)
         sink = os.open(os.devnull, os.O_WRONLY)
         os.dup2(sink, 1), os.dup2(sink, 2)
@@ -142,7 +143,6 @@ def main():
     if args.sample:
         found = sorted(random.Random(args.seed).sample(found, args.sample), key=lambda fault: fault[1])
     os.environ["OMP_NUM_THREADS"] = "1"
-    os.chdir(ROOT)
     if not args.list:
         import pytest, torch, transformers  # noqa: once, before the forks
         from transformers import AutoModelForCausalLM, Qwen2ForCausalLM  # noqa: lazy imports
@@ -153,6 +153,7 @@ def main():
             with tempfile.TemporaryDirectory() as folder:
                 module = Path(folder) / "ampo.py"
                 module.write_text(source)
+                (module.parent / "data").symlink_to(ROOT / "data")
                 own = "Test_same_answer" if name[0] == "_" else f"Test_{name}"  # the private ones are all its helpers
                 bitten = fails([f"{TESTS}::{own}"], module, SECONDS)
                 if not bitten and not args.own:
