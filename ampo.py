@@ -1160,8 +1160,8 @@ def main(argv: list[str] | None = None) -> int:
         problems = load_checked(student := load_student(cfg.model, cfg), cfg.data)
         return print(json.dumps(evaluate(student, problems, cfg.samples, cfg.temperature)[0])) or 0
     except (InputError, OSError, torch.OutOfMemoryError) as error:
-        flag = "cache" if ", in generate" in traceback.format_exc() else "micro"  # what was under way
-        remedy = f"; lower --{flag}_tokens" * isinstance(error, torch.OutOfMemoryError)
+        phase = "cache" if ", in generate" in traceback.format_exc() else "micro"  # what was under way
+        remedy = f"; lower --{phase}_tokens" * isinstance(error, torch.OutOfMemoryError)
         return print(f"ampo.py: {error}{remedy}", file=sys.stderr) or 2
 
 

@@ -3272,8 +3272,7 @@ class Test_load_inputs:
                loaded(method=method, rows=[{"question": "q2", "answer": "1", field: value}])[0], ["q", "q2"])
 
     def test_all_files_are_checked(self, loaded, tokenizer):
-        messages = [{"role": "user", "content": "q"}]
-        size = len(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        size = len(prompt_of(tokenizer, "q"))
         assert "valid.jsonl:1" in message_of(lambda: loaded("valid", max_new_tokens=256 - size)), \
             "a question of valid.jsonl that is too long"
 
@@ -3287,8 +3286,7 @@ class Test_load_checked:
 
     def room(self, tokenizer):
         """What the longest question leaves of a context of 256 tokens."""
-        messages = [{"role": "user", "content": self.LONGEST}]
-        return 256 - len(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        return 256 - len(prompt_of(tokenizer, self.LONGEST))
 
     def test_questions_that_fit_and_that_do_not(self, make_student, tokenizer, tmp_path):
         room = self.room(tokenizer)
@@ -3756,8 +3754,7 @@ class TestRuns:
         ampo.main([*SMALL, "--steps", "1", "--out", str(tmp_path / "run")])
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
-        ids = tokenizer.apply_chat_template([{"role": "user", "content": "Solve 2*x=3."}], add_generation_prompt=True,
-                                            return_dict=False)
+        ids = prompt_of(tokenizer, "Solve 2*x=3.")
         theirs = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=24)[0, len(ids):].tolist()
         (ours, _), = ampo.generate(model, [ids], 1, 24, 0, tokenizer.eos_token_id)[0]
         assert ours == theirs

@@ -48,8 +48,8 @@ def main(names):
         sys.exit(f"exercise.py: no function of ampo.py: {', '.join(sorted(unknown))}")
     if names:
         print(without_bodies(source, names), end="")
-    for name in [] if names else functions:
-        print(f"{name:18}", *needs(name, found))
+    else:
+        print("\n".join(" ".join([f"{name:18}", *needs(name, found)]) for name in functions))
 
 
 if __name__ == "__main__":

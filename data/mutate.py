@@ -15,7 +15,6 @@ import copy
 import os
 import random
 import signal
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -89,7 +88,7 @@ def faults(source, wanted=()):
     for owner, function in functions:
         if wanted and owner not in wanted:
             continue
-        for i, decorator in enumerate(function.decorator_list):
+        for decorator in function.decorator_list:
             if "grad" in ast.unparse(decorator) or "inference" in ast.unparse(decorator):
                 found.append((owner, decorator.lineno, "gradient not stopped", ast.unparse(decorator), "",
                               spliced(source, decorator, "(lambda function: function)")))
@@ -154,7 +153,7 @@ def main():
                 module = Path(folder) / "ampo.py"
                 module.write_text(source)
                 (module.parent / "data").symlink_to(ROOT / "data")
-                own = "Test_same_answer" if name[0] == "_" else f"Test_{name}"  # the private ones are all its helpers
+                own = "Test_same_answer" if name[0] == "_" else f"Test_{name}"  # all private ones serve it
                 bitten = fails([f"{TESTS}::{own}"], module, SECONDS)
                 if not bitten and not args.own:
                     bitten = fails([str(TESTS), "-k", f"not {own}"], module, 10 * SECONDS)
