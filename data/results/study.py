@@ -1,7 +1,7 @@
 """The study behind the README's tables: every method and ablation over seeds, through ampo.py's own command line.
 
     python data/results/study.py                    # what runs.jsonl does not hold yet; hours on two CPU cores
-    python data/results/study.py sweep main         # only these parts; also: ablations
+    python data/results/study.py sweep main         # only these parts; also: ablations, claims
     python data/results/study.py --list             # the runs and whether they are done
 
 Each run is a process with one thread. When it ends, one JSON line is added to runs.jsonl: its flags, its learning
@@ -36,10 +36,16 @@ SFT_HALF = ["--method", "sft", "--steps", str(STEPS // 2)]
 BEGINNINGS = {"sft": "sft_half", "grpo, more steps": "main-grpo"}  # shorter runs that these only continue
 ABLATIONS = {name: (["--method", "ampo", "--steps", "100", *flags.split()], ["test"]) for name, flags in {
     "ampo": "", "select random": "", "select shortest": "", "select longest": "",
-    "k=1": "--k 1", "k=3": "--k 3", "k=4": "--k 4", "teachers undo": "--k 1", "teachers work": "--k 1", "teachers expand": "--k 1", "teachers secant": "--k 1",
-    "teachers undo,work": "", "always": "--trigger always", "v2's trigger": "--trigger half",
+    "k=1": "--k 1", "k=3": "--k 3", "k=4": "--k 4", "teachers undo": "--k 1", "teachers work": "--k 1",
+    "teachers expand": "--k 1", "teachers secant": "--k 1", "teachers undo,work": "",
+    "always": "--trigger always", "v2's trigger": "--trigger half",
     "follow paper": "--follow paper", "gamma=0.01": "--gamma 0.01", "gamma=1": "--gamma 1"}.items()}
-PARTS = {"sweep": (SWEEP, [100]), "main": (MAIN, range(5)), "ablations": (ABLATIONS, range(3))}
+CLAIMS = {name: (["--method", *flags.split()], TEST) for name, flags in {  # as long as the main runs, to compare with
+    "select random": "ampo", "teachers work": "ampo --k 1",  # work: the best single teacher of the ablations
+    "ampo, follow paper": "ampo --follow paper", "grpo, follow paper": "grpo --follow paper"}.items()}
+PARTS = {"sweep": (SWEEP, [100]), "main": (MAIN, range(10)), "ablations": (ABLATIONS, range(3)),
+         "claims": (CLAIMS, range(5))}
+COMPARED = ("base", "grpo", "ampo", "guide", "ghpo")  # whom the papers' claims compare: ten seeds, the others five
 
 
 def other_selection(kind):
@@ -64,7 +70,8 @@ def with_teachers(names, out):
 
 def todo(parts):
     """(part, name, seed) of every run, seed by seed, so that a study cut short has all methods of the first seeds."""
-    return [(part, name, seed) for part in parts for seed in PARTS[part][1] for name in PARTS[part][0]]
+    return [(part, name, seed) for part in parts for seed in PARTS[part][1] for name in PARTS[part][0]
+            if part != "main" or seed < 5 or name in COMPARED]
 
 
 def done():

@@ -39,6 +39,11 @@ def ood_mean(row):
     return statistics.mean(pass_at_k(row, name, 1) for name in OOD)
 
 
+def entropy(row):
+    """Of samples on test, in hundredths of a nat a token."""
+    return 100 * row["test"]["entropy"]
+
+
 def interval(values):
     """mean ± half-width; the mean alone for a single seed."""
     if None in values or not values:
@@ -77,33 +82,40 @@ def newly_solved(row, base):
     return 100 * within / len(row["test"]["solved"]), 100 * beyond / len(row["test"]["solved"])
 
 
-def main():
-    runs = load(sys.argv[1]) if len(sys.argv) > 1 else load()
-    test = lambda k: lambda row: pass_at_k(row, "test", k)
-    last = lambda column: lambda row: row["curves"][column][-1] if "curves" in row else None
-    percent = lambda f: lambda row: None if f(row) is None else 100 * f(row)
-    tokens = lambda row: sum(row["curves"]["tokens"]) * 10 / 1e6 if "curves" in row else None
-    names = [name for name in MAIN if ("main", name) in runs]
-    print("# Results\n\nMade by table.py from runs.jsonl; see the README for what they say.\n")
+def test(k):
+    """A column: pass@k on test."""
+    return lambda row: pass_at_k(row, "test", k)
+
+
+def main_table(runs, names):
     print("## Test and other families\n\nPer cent solved; the other families at one sample.\n")
+    columns = [test(1), test(8), test(32)]
+    families = [lambda row, s=s: pass_at_k(row, s, 1) for s in OOD]
     print(table(["", "seeds", "test @1", "@8", "@32", *(name[4:] for name in OOD), "mean of the five"],
-                cells(runs, "main", names, [test(1), test(8), test(32)] +
-                      [lambda row, s=s: pass_at_k(row, s, 1) for s in OOD] + [ood_mean])))
+                cells(runs, "main", names, [*columns, *families, ood_mean])))
     grpo = runs.get(("main", "grpo"), {})
-    columns = [paired(runs, "main", names, grpo, f) for f in (test(1), test(8), test(32), ood_mean)]
+    differences = [paired(runs, "main", names, grpo, f) for f in [*columns, ood_mean]]
     print("Difference to grpo, paired by seed, and test @1 of each seed:\n")
     each = lambda name: ", ".join(f"{test(1)(row):.1f}" for _, row in sorted(runs["main", name].items()))
     print(table(["", "test @1", "@8", "@32", "mean of the five", "test @1 seed by seed"],
-                [[name, *("" if name in ("base", "grpo") else column[name] for column in columns), each(name)]
+                [[name, *("" if name in ("base", "grpo") else column[name] for column in differences), each(name)]
                  for name in names]))
+
+
+def costs(runs, names):
     print("## What it took\n\nEntropy in nats a token and length in tokens on test at temperature 0.6; failed groups "
-          "(%) in the last ten steps; tokens sampled in training (millions); seconds of training on one core, of the fastest seed, as the machine had "
-          "other work.\n")
-    seconds = lambda name: [row["seconds"] for row in runs["main", name].values() if "seconds" in row]
-    costs = cells(runs, "main", names, [lambda row: 100 * row["test"]["entropy"], lambda row: row["test"]["length"],
-                                        percent(last("fail_rate")), tokens])
+          "(%) in the last ten steps; tokens sampled in training (millions); seconds of training on one core, of the "
+          "fastest seed, as the machine had other work.\n")
+    curve = lambda column, f: lambda row: f(row["curves"][column]) if "curves" in row else None
+    failed = curve("fail_rate", lambda values: None if values[-1] is None else 100 * values[-1])
+    tokens = curve("tokens", lambda values: sum(values) * study.BIN / 1e6)
+    seconds = lambda name: min((row["seconds"] for row in runs["main", name].values() if "seconds" in row), default="–")
+    rows = cells(runs, "main", names, [entropy, lambda row: row["test"]["length"], failed, tokens])
     print(table(["", "seeds", "entropy × 100", "length", "failed groups", "tokens sampled", "seconds"],
-                [[*row, str(min(seconds(row[0]), default="–"))] for row in costs]))
+                [[*row, str(seconds(row[0]))] for row in rows]))
+
+
+def guides_analysis(runs, names):
     print("## Newly solved problems (Guide's analysis)\n\nPoints of pass@1 gained on test: on problems that the base "
           "solves within 16 samples (self-distillation) and on others (capability gain).\n")
     base = runs.get(("main", "base"), {})
@@ -111,15 +123,39 @@ def main():
     print(table(["", "self-distillation", "capability gain"],
                 [[name, interval([a for a, _ in rows]), interval([b for _, b in rows])]
                  for name, rows in split.items() if name != "base"]))
-    ablations = [name for name in study.ABLATIONS if ("ablations", name) in runs]
-    reference = runs.get(("ablations", "ampo"), {})
+
+
+def ablations(runs):
     print("## Ablations of ampo\n\nAfter 100 steps. ampo itself: comprehension, k=2, four teachers, on failure, γ=0.1, "
           "--follow code.\n")
-    rows = cells(runs, "ablations", ablations,
-                 [test(1), test(8), test(32), lambda row: 100 * row["test"]["entropy"]])
-    difference = paired(runs, "ablations", ablations, reference, test(1))
+    difference = paired(runs, "ablations", study.ABLATIONS, runs.get(("ablations", "ampo"), {}), test(1))
+    rows = cells(runs, "ablations", study.ABLATIONS, [test(1), test(8), test(32), entropy])
     print(table(["", "seeds", "test @1", "@8", "@32", "entropy × 100", "@1 against the default"],
                 [[*row, "" if row[0] == "ampo" else difference[row[0]]] for row in rows]))
+
+
+def claims(runs):
+    print("## More runs of 250 steps\n\nWhat two of the claims compare ampo with, and both methods after the papers' "
+          "formulae; below it differences, paired by seed.\n")
+    columns = {"test @1": test(1), "@8": test(8), "@32": test(32), "mean of the five": ood_mean, "entropy × 100": entropy}
+    print(table(["", "seeds", *columns], cells(runs, "main", ["ampo", "grpo"], columns.values()) +
+                cells(runs, "claims", study.CLAIMS, columns.values())))
+    pairs = [(name, "ampo") for name in ("select random", "teachers work", "ampo, follow paper")]
+    rows = [[f"{name} − {other}", *(paired(runs, "claims", [name], base, f)[name] for f in columns.values())]
+            for name, other in [*pairs, ("ampo, follow paper", "grpo, follow paper")]
+            for base in [runs.get(("main", other)) or runs.get(("claims", other), {})]]
+    print(table(["", *columns], rows))
+
+
+def main():
+    runs = load(sys.argv[1]) if len(sys.argv) > 1 else load()
+    names = [name for name in MAIN if ("main", name) in runs]
+    print("# Results\n\nMade by table.py from runs.jsonl; see the README for what they say.\n")
+    main_table(runs, names)
+    costs(runs, names)
+    guides_analysis(runs, names)
+    ablations(runs)
+    claims(runs)
     print("## Learning rate, on the validation set (one seed)\n")
     print(table(["", "seeds", "@1", "@8", "@32"], cells(runs, "sweep", study.SWEEP, [
         lambda row, k=k: pass_at_k(row, "valid", k) for k in (1, 8, 32)])))
