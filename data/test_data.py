@@ -494,8 +494,8 @@ class TestTables:
         assert self.table.interval([]) == self.table.interval([1.0, None]) == "–"
 
     def test_differences_are_paired_by_seed(self):
-        runs = {("main", "a"): {0: 5.0, 1: 9.0, 2: 1.0}}
-        assert self.table.paired(runs, "main", ["a", "b"], {0: 4.0, 1: 8.0}, float) == {"a": "1.0 ± 0.0", "b": "–"}
+        assert self.table.paired({0: 5.0, 1: 9.0, 2: 1.0}, {1: 8.0, 0: 4.0, 3: 0.0}, float) == "1.0 ± 0.0"
+        assert self.table.paired({}, {0: 4.0}, float) == "–"
 
     def test_the_published_results_are_those_of_the_runs(self, capsys, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["table.py"])

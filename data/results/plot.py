@@ -21,7 +21,7 @@ STYLES = {"grpo": "-", "ampo": "-", "luffy": "--", "guide": "-.", "ghpo": ":", "
 def lines(axis, xs, series, name):
     """The mean over seeds, and each seed as a thin line: an interval would hide that some seeds differ in kind."""
     for values in series if len(series) > 1 else []:
-        axis.plot(xs, values, color=COLOURS[name], linewidth=0.8, alpha=0.35)
+        axis.plot(xs, values, color=COLOURS[name], linewidth=0.8, alpha=0.25)
     mean = [statistics.mean(values) for values in zip(*series)]
     axis.plot(xs, mean, color=COLOURS[name], linestyle=STYLES[name], linewidth=2.2, label=name)
 

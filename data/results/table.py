@@ -63,13 +63,9 @@ def cells(runs, part, names, columns):
             for name in names if (rows := runs.get((part, name)))]
 
 
-def paired(runs, part, names, base, f):
-    """Interval of f(run) - f(base run of the same seed)."""
-    out = {}
-    for name in names:
-        mine = runs.get((part, name), {})
-        out[name] = interval([f(mine[s]) - f(base[s]) for s in sorted(mine.keys() & base.keys())])
-    return out
+def paired(mine, others, f):
+    """Interval of f(run) - f(other run of the same seed), of two {seed: row}."""
+    return interval([f(mine[s]) - f(others[s]) for s in sorted(mine.keys() & others.keys())])
 
 
 def newly_solved(row, base):
@@ -87,19 +83,30 @@ def test(k):
     return lambda row: pass_at_k(row, "test", k)
 
 
+COLUMNS = {"test @1": test(1), "@8": test(8), "@32": test(32),
+           "letters, phrasings, swapped": lambda row: statistics.mean(pass_at_k(row, name, 1) for name in OOD[:3]),
+           "mean of the five": ood_mean, "entropy × 100": entropy}
+
+
 def main_table(runs, names):
     print("## Test and other families\n\nPer cent solved; the other families at one sample.\n")
-    columns = [test(1), test(8), test(32)]
     families = [lambda row, s=s: pass_at_k(row, s, 1) for s in OOD]
     print(table(["", "seeds", "test @1", "@8", "@32", *(name[4:] for name in OOD), "mean of the five"],
-                cells(runs, "main", names, [*columns, *families, ood_mean])))
+                cells(runs, "main", names, [test(1), test(8), test(32), *families, ood_mean])))
     grpo = runs.get(("main", "grpo"), {})
-    differences = [paired(runs, "main", names, grpo, f) for f in [*columns, ood_mean]]
-    print("Difference to grpo, paired by seed, and test @1 of each seed:\n")
-    each = lambda name: ", ".join(f"{test(1)(row):.1f}" for _, row in sorted(runs["main", name].items()))
-    print(table(["", "test @1", "@8", "@32", "mean of the five", "test @1 seed by seed"],
-                [[name, *("" if name in ("base", "grpo") else column[name] for column in differences), each(name)]
-                 for name in names]))
+    print("Difference to grpo, paired by seed:\n")
+    print(table(["", *COLUMNS], [[name, *(paired(runs["main", name], grpo, f) for f in COLUMNS.values())]
+                                 for name in names if name not in ("base", "grpo")]))
+    print("Test @1 seed by seed:\n")
+    print(table(["", "test @1"], [[name, ", ".join(f"{test(1)(row):.1f}" for _, row in sorted(runs["main", name].items()))]
+                                  for name in names]))
+    ks = [2**i for i in range(6)]
+    ampo_runs = runs.get(("main", "ampo"), {})
+    for other in ("grpo", "base"):
+        base = runs.get(("main", other), {})
+        least = [min(test(k)(ampo_runs[s]) - test(k)(base[s]) for k in ks) for s in sorted(ampo_runs.keys() & base.keys())]
+        print(f"pass@k of ampo minus {other}'s, the least of k = {', '.join(map(str, ks))}, seed by seed: "
+              f"{', '.join(f'{x:.1f}' for x in least)}\n")
 
 
 def costs(runs, names):
@@ -128,23 +135,23 @@ def guides_analysis(runs, names):
 def ablations(runs):
     print("## Ablations of ampo\n\nAfter 100 steps. ampo itself: comprehension, k=2, four teachers, on failure, γ=0.1, "
           "--follow code.\n")
-    difference = paired(runs, "ablations", study.ABLATIONS, runs.get(("ablations", "ampo"), {}), test(1))
+    default = runs.get(("ablations", "ampo"), {})
+    difference = lambda name: "" if name == "ampo" else paired(runs["ablations", name], default, test(1))
     rows = cells(runs, "ablations", study.ABLATIONS, [test(1), test(8), test(32), entropy])
     print(table(["", "seeds", "test @1", "@8", "@32", "entropy × 100", "@1 against the default"],
-                [[*row, "" if row[0] == "ampo" else difference[row[0]]] for row in rows]))
+                [[*row, difference(row[0])] for row in rows]))
 
 
 def claims(runs):
     print("## More runs of 250 steps\n\nWhat two of the claims compare ampo with, and both methods after the papers' "
-          "formulae; below it differences, paired by seed.\n")
-    columns = {"test @1": test(1), "@8": test(8), "@32": test(32), "mean of the five": ood_mean, "entropy × 100": entropy}
-    print(table(["", "seeds", *columns], cells(runs, "main", ["ampo", "grpo"], columns.values()) +
-                cells(runs, "claims", study.CLAIMS, columns.values())))
-    pairs = [(name, "ampo") for name in ("select random", "teachers work", "ampo, follow paper")]
-    rows = [[f"{name} − {other}", *(paired(runs, "claims", [name], base, f)[name] for f in columns.values())]
-            for name, other in [*pairs, ("ampo, follow paper", "grpo, follow paper")]
-            for base in [runs.get(("main", other)) or runs.get(("claims", other), {})]]
-    print(table(["", *columns], rows))
+          "formulae; then differences, paired by seed.\n")
+    print(table(["", "seeds", *COLUMNS], cells(runs, "main", ["ampo", "grpo", "grpo, more steps"], COLUMNS.values()) +
+                cells(runs, "claims", study.CLAIMS, COLUMNS.values())))
+    find = lambda name: runs.get(("main", name)) or runs.get(("claims", name), {})
+    pairs = [("ampo", other) for other in ("grpo, more steps", "select random", "teachers work")]
+    pairs += [("ampo, follow paper", other) for other in ("grpo, follow paper", "ampo")]
+    print(table(["", *COLUMNS], [[f"{one} − {other}", *(paired(find(one), find(other), f) for f in COLUMNS.values())]
+                                 for one, other in pairs]))
 
 
 def main():
