@@ -4,10 +4,10 @@ A test for each published form, then what is dropped and refused; teaching twice
 exercise.py and mutate.py, and the study and its tables.
 """
 import ast
-import importlib.util
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -16,11 +16,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a model name that does not exist is looked
 import pytest
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE / "results")]
 import ampo
 import convert
 import exercise
 import mutate
+import study
+import table
 import teach
 
 BASE, TRAIN = str(HERE / "base"), HERE / "train.jsonl"
@@ -470,54 +472,53 @@ def f(x, mask, cfg):
 # results/table.py and results/study.py
 
 
-def load_result_script(name):
-    spec = importlib.util.spec_from_file_location(name, HERE / "results" / f"{name}.py")
-    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-    return module
-
-
 class TestTables:
-    table = load_result_script("table")
-
     def test_gains_are_split_by_what_the_base_can_do(self):
         """Of 32 samples the base solves 32, 2 and 0. With 2, sixteen samples hold one with 1 - C(30, 16) / C(32, 16)."""
         base = {"samples": 32, "test": {"solved": [32, 2, 0, 0]}}
         row = {"samples": 32, "test": {"solved": [16, 18, 8, 0]}}  # a loss, half a problem, a quarter, nothing
         inside = 1 - math.comb(30, 16) / math.comb(32, 16)
-        within, beyond = self.table.newly_solved(row, base)
+        within, beyond = table.newly_solved(row, base)
         assert within == pytest.approx(100 * 0.5 * inside / 4)
         assert beyond == pytest.approx(100 * (0.5 * (1 - inside) + 0.25) / 4)
 
     def test_intervals_are_those_of_students_t(self):
         values = [3.0, 4.0, 8.0]  # mean 5, standard error sqrt(7/3), t 4.30
-        assert self.table.interval(values) == "5.0 ± 6.6" and self.table.interval([5.0]) == "5.0"
-        assert self.table.interval([]) == self.table.interval([1.0, None]) == "–"
+        assert table.interval(values) == "5.0 ± 6.6" and table.interval([5.0]) == "5.0"
+        assert table.interval([]) == table.interval([1.0, None]) == "–"
 
     def test_differences_are_paired_by_seed(self):
-        assert self.table.paired({0: 5.0, 1: 9.0, 2: 1.0}, {1: 8.0, 0: 4.0, 3: 0.0}, float) == "1.0 ± 0.0"
-        assert self.table.paired({}, {0: 4.0}, float) == "–"
+        assert table.paired({0: 5.0, 1: 9.0, 2: 1.0}, {1: 8.0, 0: 4.0, 3: 0.0}, float) == "1.0 ± 0.0"
+        assert table.paired({}, {0: 4.0}, float) == "–"
 
     def test_the_published_results_are_those_of_the_runs(self, capsys, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["table.py"])
-        self.table.main()
+        table.main()
         assert capsys.readouterr().out == (HERE / "results" / "results.md").read_text()
+
+    def test_the_readme_has_its_intervals_from_there(self):
+        """But for entropies, which it gives in nats, with three decimals."""
+        interval = re.compile(r"(?<![\d.])\d+\.\d ± \d+\.\d(?!\d)")
+        said = interval.findall((HERE.parent / "README.md").read_text())
+        assert len(said) > 40 and not set(said) - set(interval.findall((HERE / "results" / "results.md").read_text()))
 
 
 class TestStudy:
-    study = load_result_script("study")
-
     def test_every_flag_is_one_of_ampo(self):
-        for part, (runs, _) in self.study.PARTS.items():
+        for part, (runs, _) in study.PARTS.items():
             for flags in (flags for flags, _ in runs.values() if flags is not None):
                 cfg, given = ampo.parse_config(flags)
                 assert part == "main" or cfg.method in ("grpo", "ampo") and given
 
+    def test_what_is_published_is_all_of_it(self):
+        assert study.done() == set(study.todo(study.PARTS))
+
     def test_selections_rank_traces_by_length(self):
         tokenizer = ampo.AutoTokenizer.from_pretrained(BASE)
-        rank = lambda kind: self.study.other_selection(kind)(None, tokenizer, None, ["1+1", "1", "1+1+1"])
+        rank = lambda kind: study.other_selection(kind)(None, tokenizer, None, ["1+1", "1", "1+1+1"])
         longest, shortest = rank("longest"), rank("shortest")
         assert max(longest) == longest[2] and max(shortest) == shortest[1] and sorted(longest) == sorted(shortest)
 
     def test_teachers_are_filtered(self, tmp_path):
-        path = self.study.with_teachers("undo,work", tmp_path / "some.jsonl")
+        path = study.with_teachers("undo,work", tmp_path / "some.jsonl")
         assert all(list(p.teachers) == ["undo", "work"] for p in ampo.load_problems(path)[:20])

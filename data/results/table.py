@@ -148,7 +148,8 @@ def claims(runs):
     print(table(["", "seeds", *COLUMNS], cells(runs, "main", ["ampo", "grpo", "grpo, more steps"], COLUMNS.values()) +
                 cells(runs, "claims", study.CLAIMS, COLUMNS.values())))
     find = lambda name: runs.get(("main", name)) or runs.get(("claims", name), {})
-    pairs = [("ampo", other) for other in ("grpo, more steps", "select random", "teachers work")]
+    pairs = [(one, "grpo, more steps") for one in ("guide", "ghpo", "ampo")]
+    pairs += [("ampo", other) for other in ("select random", "teachers work")]
     pairs += [("ampo, follow paper", other) for other in ("grpo, follow paper", "ampo")]
     print(table(["", *COLUMNS], [[f"{one} − {other}", *(paired(find(one), find(other), f) for f in COLUMNS.values())]
                                  for one, other in pairs]))
