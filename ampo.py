@@ -1,731 +1,431 @@
-"""AMPO and its relatives in one file: reinforcement learning with verifiable rewards, and guidance on failure.
+"""AMPO and its relatives in one file: RL with verifiable rewards, and guidance on failure.
 
-A language model samples G answers to each problem, a verifier marks them right or wrong, and the policy gradient makes
-the right ones likelier. On a problem where every answer is wrong there is nothing to learn from, and these are the
-problems one would most like to learn. This file has the published answers to that, each in one small function guide_*:
+A language model samples G responses to each problem, a verifier marks them right or wrong, and
+the policy gradient makes the right ones likelier. Where every response is wrong there is nothing
+to learn from, and these are the problems one would most like to learn. The published answers
+stand here side by side, each in one small function guide_*:
 
-    --method   which groups    the new responses            sampled with     trained with     old_logps       off-policy
-    grpo       -               -                            -                question         sampler's       no
-    luffy      all             one teacher's, in slot 0     -                question         0 (π_φ = 1)     f, γ = 0.1
-    ampo       all failed      the k teachers' that the     -                question         0 (π_φ = 1)     f, γ = 0.1
-                               student comprehends best
-    guide      all failed      the student's                its hint         question         under the hint  f, γ = P90
-    ghpo       all failed      the student's                a prefix of the  that prompt      sampler's       no
-                                                            solution
-    sft        all             all teachers', no rollouts   -                question         -               likelihood
+    --method  which groups  the new responses        sampled with   trained with  off-policy
+    grpo      -             -                        -              question      no
+    luffy     all           a teacher's, in slot 0   -              question      f, γ = 0.1
+    ampo      all failed    the k traces that the    -              question      f, γ = 0.1
+                            student comprehends best
+    guide     all failed    the student's            its hint       question      f, γ = P90
+    ghpo      all failed    the student's            a prefix of    that prompt   no
+                                                     the solution
+    sft       all           all traces, no rollouts  -              question      log p
+    rl_sft    all           a teacher's, in slot 0   -              question      log p
 
-    python ampo.py                                         # AMPO on the embedded miniature: minutes on two CPU cores
-    python ampo.py --method grpo                           # the same with another method; --help lists all flags
-    python ampo.py eval --model runs/ampo-0/model          # pass@k of a checkpoint
-    torchrun --nproc_per_node=2 ampo.py --model ...        # a process a GPU: they share the problems of a step
+    python ampo.py                                   # AMPO on the embedded miniature
+    python ampo.py --method grpo                     # another method; --help lists all flags
+    python ampo.py eval --model runs/ampo-0/model    # pass@k of a checkpoint
 
-Read it top to bottom; data flows one way: problem -> prompt -> rollouts -> verdicts -> guidance -> advantages ->
-objective -> update. What keeps it small is that every sample carries the log-probability of its tokens under whatever
-produced them (old_logps) and the prompt it is trained on. All methods then share one objective, with
-ratio = exp(logps - old_logps):
+Every sample carries the prompt it is trained on, and old_logps, the log-probability of its tokens
+under whatever produced them: the sampler's, for guide those under the hint, and 0 for a trace,
+as π_φ is taken as 1. With ratio = exp(logps - old_logps), all methods share one objective:
 
-    on-policy    min(ratio · A, clip(ratio, 1-ε, 1+ε) · A)
-    off-policy   A · ratio / (ratio + γ)                      f(x) = x/(x+γ), without a clip
+    on-policy     min(ratio · A, clip(ratio, 1-ε, 1+ε) · A)
+    off-policy    A · f(ratio),   f(x) = x / (x + γ)
 
-Shapes: P prompts, G rollouts a prompt, B sequences, L tokens of prompt and response, T tokens of a response,
-V vocabulary, H hidden size, D head size. Log-probabilities are in nats; `ids` are lists of token ids.
+The method: §1 what the file is about, §2 the objective, §3 guidance, §4 one training step. What
+runs it: §5 log-probabilities, §6 sampling, §7 answer verification, §8 running. Data flows one way:
+problem -> prompt -> rollouts -> verdicts -> guidance -> advantages -> objective -> update.
 
-Paper                                                                       Equation -> function
-    AMPO   arXiv 2510.02227  comprehension r_p (Eq. 5)                      comprehension, choose_traces
-                             advantage (Eq. 6)                              group_advantages
-                             mixed objective (Eq. 7)                        policy_objective, set_weights
-                             replacement on failure                         guide_ampo, swap_in
-    LUFFY  arXiv 2504.14945  mixed objective with shaping f (Eq. 6)         policy_objective, guide_luffy
-    Guide  arXiv 2506.13923  guided rollouts, importance weight, γ          guide_guide, guided_gamma
-                             the form with a value head                     gae, value_loss (--advantage gae)
-    GHPO   arXiv 2507.10628  objective (Eq. 1), hints of ¼, ½, ¾            guide_ghpo
-    Where papers and official code disagree, --follow code (default: it produced the papers' numbers) or paper decides.
+Shapes: P problems, G rollouts of each, B sequences, L tokens of prompt and response, T tokens of
+a response, V vocabulary, H hidden size. Log-probabilities are in nats; `ids` are lists of tokens.
 
-Left out, and where to find it: a KL penalty (off in the official runs) and dual clipping at 10 (rarely active), models
-that need more than one device and a serving engine (verl, on which the official AMPO runs), LoRA (peft), sliding-window
-and recurrent models (refused), judges other than the verifier, tool use and multi-turn chat.
+Papers: AMPO arXiv 2510.02227, LUFFY 2504.14945, Guide 2506.13923, GHPO 2507.10628, GRPO
+2402.03300. How each of them turns rewards into a loss is a row of RECIPES. What else they do, and
+whether it is followed here, is listed in data/README.md.
+
+Left out: KL penalty and dual clipping, several GPUs and serving engines (data/to_verl.py leads to
+verl), LoRA (peft), recurrent models (refused), rewards other than the verifier's, tools and chat.
 """
-import argparse, copy, functools, json, math, os, random, re, shutil, signal, sys, time, traceback
+import argparse
+import copy
+import functools
+import inspect
+import itertools
+import json
+import math
+import operator
+import os
+import random
+import re
+import shutil
+import sys
+import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 
-import mpmath, torch, torch.distributed as dist
+# OpenMP threads that wait keep their core busy. On a machine with other work a step would take
+# ten times as long.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+import mpmath
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache, DynamicLayer, logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, logging
 
-# =====================================================================================================================
-# §1 Configuration
-
-
-def flag(default, help, least=None, choices=None):
-    """A field of Config that is also a command line flag: its help, its lower bound, its choices."""
-    help = f"{help} [{default}]" if str(default) else help
-    return field(default=default, metadata={"help": help, "least": least, "choices": choices})
-
-
-@dataclass(frozen=True)
-class Config:
-    """Every setting of a run. The defaults train the embedded miniature in a few minutes on two CPU cores."""
-
-    method: str = flag("ampo", "what to do where every rollout failed: grpo, ampo, luffy, guide, ghpo or sft")
-    model: str = flag("data/base", "the student: a folder or hub name that transformers loads")
-    system: str = flag("", "system prompt; default: the chat template's own")
-    data: str = flag("data/train.jsonl", "problems to train on, or to evaluate; format in data/README.md")
-    out: str = flag("", "folder of the run; default: runs/METHOD-SEED")
-    resume: bool = flag(False, "continue the run in --out from its last checkpoint, with the flags it began with")
-    seed: int = flag(0, "seed of the sampling and of the order of the problems")
-    steps: int = flag(250, "training steps", 1)
-    prompts_per_step: int = flag(32, "P: problems a step", 1)
-    group_size: int = flag(8, "G: rollouts a problem", 2)
-    updates: int = flag(2, "optimizer updates a step; from the second one on ratios leave 1", 1)
-    max_new_tokens: int = flag(128, "longest response, in tokens", 1)
-    temperature: float = flag(1.0, "temperature of the rollouts and of the log-probabilities trained on", 0)
-    lr: float = flag(2e-4, "learning rate of AdamW; 1e-6 for models of a billion parameters", 0)
-    clip: float = flag(0.2, "ε of the clipped on-policy objective", 0)
-    advantage: str = flag("group", "reward against the group's mean, or value head and GAE", choices=("group", "gae"))
-    lam: float = flag(0.95, "λ of GAE", 0)
-    gamma: float = flag(0.1, "γ of the off-policy shaping x/(x+γ); guide measures its own", 0)
-    entropy_coef: float = flag(0.001, "weight of the entropy bonus", 0)
-    follow: str = flag("code", "whom to follow where paper and official code disagree", choices=("code", "paper"))
-    trigger: str = flag("fail", "ampo, guide: with none right, or under half (v2)", choices=("fail", "half", "always"))
-    k: int = flag(2, "ampo: traces swapped into a failed group", 1)
-    cold_start: int = flag(0, "first steps without any guidance (an option of GHPO)", 0)
-    micro_tokens: int = flag(2048, "padded tokens of one training pass; a matter of memory, not of results", 1)
-    cache_tokens: int = flag(40000, "tokens in the KV cache of one sampling pass; a matter of memory", 1)
-    recompute: bool = flag(False, "gradient checkpointing: keep one activation a layer, compute the others again")
-    eval_every: int = flag(100, "score valid.jsonl beside --data every so many steps; 0: no evaluation at all", 0)
-    samples: int = flag(32, "samples a problem in evaluations", 1)
-    save_every: int = flag(50, "steps between checkpoints", 1)
-
-
-class InputError(ValueError):
-    """Something the user gave cannot be used; the message names file, line and field, or the flag."""
-
-
-def refuse(bad: bool, message: str):
-    """Raise InputError where an input is bad."""
-    if bad: raise InputError(message)
-
-
-def attempt(message: str, call: callable, *args, **kwargs):
-    """call(*args, **kwargs), where libraries raise errors of many kinds for one bad file or full disk."""
-    try: return call(*args, **kwargs)
-    except Exception as error: raise InputError(f"{message} ({(str(error).strip() or repr(error)).splitlines()[0]})")
-
-
-# =====================================================================================================================
-# §2 Problems and prompts
+# =================================================================================================
+# §1 What the file is about
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One line of a JSONL file; only question and answer are required. data/README.md describes the format."""
+    """One line of a JSONL file. Only question and answer are required; see data/README.md."""
 
     question: str
     answer: str
-    teachers: dict = field(default_factory=dict)  # name -> full response that ends in the answer
+    teachers: dict = field(default_factory=dict)  # name -> a full response that ends in the answer
     hint: str = ""                                # Guide: a complete alternative user message
     solution: str = ""                            # GHPO: its beginning is shown to the student
+    system: str = ""                              # a system prompt of its own
     where: str = ""                               # file:line, for messages
 
 
-def load_problems(path) -> list:
-    """Read a JSONL file of Problems. Raises OSError, or InputError naming file, line and field."""
-    lines = enumerate(Path(path).read_text(encoding="utf-8", errors="replace").split("\n"), 1)
-    lines = [(f"{path}:{number}", line) for number, line in lines if line.strip()]
-    # Written and read once more, as JSON can spell halves of characters that no tokenizer takes.
-    decode = lambda line: json.loads(json.dumps(json.loads(line) | {}, ensure_ascii=False).encode())
-    problems = [parse_problem(attempt(f"{where}: not a JSON object", decode, line), where) for where, line in lines]
-    refuse(not problems, f"{path}: holds no problems")
-    return problems
-
-
-def parse_problem(row: dict, where: str) -> Problem:
-    """One JSON object -> Problem. Numbers become text; fields that Problem does not have are ignored."""
-    row = {f.name: row[f.name] for f in fields(Problem) if row.get(f.name) is not None} | {"where": where}
-    row |= {name: str(value) for name, value in row.items() if type(value) in (int, float) and abs(value) < math.inf}
-    for f in fields(Problem):
-        value, kind = row.get(f.name, f.type()), "an object of texts" if f.type is dict else "text"
-        good = isinstance(value, f.type) and {type(v) for v in (value.values() if f.type is dict else [])} <= {str}
-        refuse(not good, f"{where}: field '{f.name}' must be {kind}")
-    for name in ("question", "answer"): refuse(not row.get(name, "").strip(), f"{where}: field '{name}' is missing")
-    # What the verifier cannot read is equal to nothing, not even to itself.
-    refuse(not same_answer(gold := row["answer"], gold), f"{where}: field 'answer': cannot be verified: {gold!r}")
-    return Problem(**row)
-
-
-def encode_prompt(tokenizer, question: str, system: str = "") -> list[int]:
-    """Token ids of a user message in the model's own chat template, up to where the assistant's turn begins."""
-    messages = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
-
-
-# =====================================================================================================================
-# §3 Answer verification
-
-# COMMANDS and REWRITES bring LaTeX down to a small alphabet; a precedence-climbing parser evaluates it while reading.
-# A number is the list of its values at four random points of both signs; anything else is a pair (kind, items):
-# ("[)", [0, 1]) an interval, (",", [1, 2]) a bare list, ("<", [x - 2]) an inequality. Two answers are equal when their
-# values, rounded, are the same at two precisions. Nothing that a model or a data file wrote is ever executed.
-
-# The length bounds the work, so neither a timeout nor a subprocess is needed; brackets are counted as nesting recurses.
-# Numbers above 2^MAX_EXPONENT are not added up with others, which they would swallow at the precision used here.
-MAX_CHARS, MAX_BRACKETS, MAX_EXPONENT = 400, 60, 110
-
-# TeX commands and other spellings -> the alphabet of the parser, where functions have the names they have in mpmath
-COMMANDS = {name: token for token, names in {
-    "*": "times cdot × · ⋅", "/": "div ÷", "-": "− –", "±": "pm", "^": "**", "=": "in ∈", "≤": "le leq leqslant <=",
-    "≥": "ge geq geqslant >=", "≠": "ne neq !=", "<": "lt", ">": "gt", "∪": "cup", "≈": "approx", "|": "lvert rvert",
-    "⦃": "{", "⦄": "}", "∅": "emptyset varnothing", "∞": "infty infinity", "),(": "\\", ",": "& ;", "·0.01": "%",
-    "·(π/180)": "circ degree °", r"\fdiv": "frac dfrac tfrac cfrac", r"\binom": "dbinom tbinom", r"\sqrt ": "√",
-    r"\floor{": "lfloor", r"\ceil{": "lceil", "}": "rfloor rceil", r"\asin": "arcsin", r"\acos": "arccos",
-    r"\atan": "arctan", r"\power{-1}\tan": "cot", r"\power{-1}\cos": "sec", r"\power{-1}\sin": "csc", "^2": "²",
-    "^3": "³", "^{-1}": "⁻¹", r"\fdiv{1}{2}": "½", r"\fdiv{1}{4}": "¼", r"\fdiv{3}{4}": "¾", "π": "pi", "θ": "theta",
-    r"\text": "mbox mathrm textbf operatorname", " ": "left right big Big displaystyle quad boxed mathbf mathbb $ ~",
-}.items() for name in names.split()}
-WORD = r"(?<!\d)(?:[A-Za-z]{4,}|[A-Z][a-z]{2,})|yes|no|No|odd|cm|mm|km|kg|mg|ml|ft|lb|oz|mph|in|min|sec|hr"
-REWRITES = [(re.compile(pattern), replacement) for pattern, replacement in [
-    # thousands, currency, matrices, commands
-    (r"(?<=\d)(?:\{,\}|,\\!|\\[, ]| )(?=\d{3}(?!\d))", ""), (r"\\\$\s*(\d(?:[\d.,]*\d)?)", r'\1"dollar"'),
-    (r"(?<![(\[{,.\d])[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)", lambda m: m[0].replace(",", "")),
-    (r"\\begin\{(?:[pbB]?matrix|array)\}(?:\{[clr|]*\})?", "⟦("), (r"\\end\{(?:[pbB]?matrix|array)\}", ")⟧"),
-    (r"(?<![A-Za-z\\])(sqrt|pi|infinity|(?:arc|a)?(?:sin|cos|tan)|ln|log|exp)(?![A-Za-z])", r"\\\1"),
-    (r"^\*\*|\*\*$|(?<!\\)\\[ ,;:!()\[\]]|\s+", " "), (r"\{([^{}]*)\\over([^{}]*)\}", r"\\fdiv{\1}{\2}"),
-    (r"\\([A-Za-z]+|.)|[<>!]=|\*\*|⁻¹|[&;%~$]|[^\x00-\x7f]", lambda m: COMMANDS.get(m[1] or m[0], m[0])),
-    # words and units: what is in quotes is one token, so that its letters do not commute
-    (r"\bpercent\b", "·0.01"), (r"\bdegrees?\b|\^ *\{? *·\(π/180\) *\}?", "·(π/180)"), (r",? *\b(?:and|or)\b", ","),
-    (r"\\text *\{([^{}]*)\}", lambda m: re.sub(r"(?<!\\)\b(?![ei]\b)[A-Za-z]+(?: +[A-Za-z]+)*", r'"\g<0>"', m[1])),
-    (rf'"[^"]*"|\\[A-Za-z]+|(?<![A-Za-z])(?:{WORD})(?![A-Za-z])', lambda m: f'"{m[0]}"' if m[0].isalpha() else m[0]),
-    (r'" *"', " "), (r's"', r'"'), (r'" *\^ *\{?(-?\d+)\}?', r'^\1"'), (r'" *([/*]) *"', r"\1"), ("[.,; ]+$", ""),
-    # numbers and functions
-    (r"\\(fdiv|binom) *(\d)", r"\\\1{\2}"), (r"(?<![\d.^_/}])(\d+) +(\d+/\d+)(?![\d.])", r"(\1+\2)"),
-    (r"(?<![\d.^_/}])(\d+) *\\fdiv *\{ *(\d+) *\} *\{? *(\d+) *\}?", r"(\1+\2/\3)"), ("⦃ *⦄", "∅"),
-    (r"(\.\d*)\\overline *\{?(\d+)\}?", lambda m: f"{m[1]}0+{m[2]}/{'9' * len(m[2])}{'0' * (len(m[1]) - 1)}"),
-    (r"\\binom *\{([^{}]*)\} *\{([^{}]*)\}", r"\\fdiv{\\factorial{\1}}{\\factorial{\2}\\factorial{\1-(\2)}}"),
-    (r"\\(sin|cos|tan) *\^ *\{?-1\}?", r"\\a\1"), (r"\\(sin|cos|tan|ln) *\^ *(\w|\{[^{}]*\})", r"\\power{\2}\\\1"),
-    (r"\\log(?![a-z]) *(?:_ *(\w|\{[^{}]*\}))?", lambda m: rf"\power{{-1}}\ln{{{m[1] or 10}}}·\ln "),
-    (r"\\sqrt *\[([^\[\]]*)\]", r"\\power{1/(\1)}"), (r"(\d+|[^\W\d_]|\([^()]*\))!", r"\\factorial{\1}"),
-    # structure: bars, tails, lists; 1/2x is (1/2)x, x<y<z is x<y∧y<z
-    (r"\|([^|]+)\|", r"\\fabs{\1}"), (r"(=[^≈]*)≈.*", r"\1"), (r"([^,⦃⦄]*)±([^,⦃⦄]*)", r"\1+\2,\1-\2"),
-    (r"(\d+/\d+)(?= *[a-zA-Zπ\\(])", r"(\1)"), (r"([^,:->≤≥≠]+)([:->≤≥≠])([^,:->≤≥≠]+)(?=[:->≤≥≠])", r"\1\2\3∧\3"),
-]]
-TOKEN = re.compile(r'"[^"]*"|\\[A-Za-z]+|[A-Z]{2,}|(?:[^\W\d_]|\d+)_(?:\w|\{[^{}]*\})|\d+\.\d+e[+-]?\d\d?|\d*\.?\d+|\S')
-UNIT = re.compile(r'·0\.01|·\(π/180\)|(?<=[\w)}!]) *"(?![mb]illion|thousand|hundred)[A-Za-z][^"]*"')
-LABEL = re.compile(r'(?:^|(?<=,)) *([A-Z]*[^\W\d](?:_\w+)?(?:\([\w, ]+\))?|\\[a-z]+|"[^"]*"|\([A-Za-z, ]+\)) *=')
-BRACES = functools.reduce(lambda inner, _: rf"(?:\\.|[^{{}}\\]|\{{{inner}\}})*", range(10), "")
-BOX = re.compile(rf"\\(?:boxed|fbox)\s*(?:\{{({BRACES})\}}|(\w+))|<answer>(.*?)</answer>", re.DOTALL)
-
-# How tight each operator binds, loosest first; "s" is the sign of -x and "·" the product without a sign, as in \sin 2x.
-LEVEL = {op: level for level, ops in enumerate([",", "∧", "=<>≤≥≠", "∪", "+-", "*/:", "s", "·", "^"], 1) for op in ops}
-# Of mpmath only these names are ever looked up; what a model wrote is at most a key of a table.
-NAMES = dict(zip("+-*·/:^πei", "fadd fsub fmul fmul fdiv fdiv power pi e j".split()))
-FUNCTIONS = "sin cos tan asin acos atan sinh cosh tanh exp ln power".split()
-PREFIXES = "sqrt fabs floor ceil factorial fdiv".split()
-KINDS = {kind: kind for kind in ("()", "[]", "[)", "(]", "{}", "⦃⦄", "⟦⟧")}
-
-
-@functools.cache
-def _context(bits):
-    """An mpmath of our own at so many bits of precision."""
-    context = mpmath.MPContext()  # mpmath's own one is global; what is called here never changes the precision
-    context.prec = bits
-    return context
-
-
-def _plain(text):
-    """LaTeX -> the parser's alphabet; ValueError for what is too long or too deep."""
-    if len(text) > MAX_CHARS or sum(map(text.count, "([{")) > MAX_BRACKETS: raise ValueError("too long")
-    return functools.reduce(lambda text, rewrite: rewrite[0].sub(rewrite[1], text), REWRITES, text).strip()
-
-
-@functools.lru_cache(1000)
-def _symbol(name, context):
-    """Random values, seeded by the name itself: no global state is read or changed."""
-    if name in NAMES: return [getattr(context, NAMES[name]) * 1] * 4
-    rng = random.Random(name)
-    return [sign * context.mpf(rng.randrange(301, 3000)) / 1009 for sign in (1, -1, *rng.choices((1, -1), k=2))]
-
-
-def _apply(context, name, *operands):
-    """One operation at all points.  What is too large becomes a symbol of its own, equal only to itself."""
-    results = [getattr(context, name)(*numbers) for numbers in zip(*operands)]
-    bounded = all(context.mag(result) <= MAX_EXPONENT for result in results)  # not a nan either
-    return results if bounded else _symbol(f"{name}{operands}", context)
-
-
-def _parse(tokens, context, floor=0):
-    """Precedence climbing: reads what binds tighter than `floor` and returns its value."""
-    left = _operand(tokens, context)
-    while True:
-        if re.match(r'[^\W\d_]|["\\(\[{⟦]', tokens[-1]):  # a product without a sign
-            tokens.append("*" if tokens[-1][1:] in FUNCTIONS else "·")
-        if LEVEL.get(tokens[-1], 0) <= floor: return left
-        left = _join(context, left, op := tokens.pop(), _parse(tokens, context, LEVEL[op] - (op == "^")))
-
-
-def _join(context, left, op, right):
-    """The value of left op right; a relation, list, union or conjunction is a pair (kind, items)."""
-    if op in NAMES: return _apply(context, NAMES[op], left, right)
-    if op in ",∪∧": return (op, [*(left[1] if left[0] == op else [left]), right])
-    difference = _apply(context, "fsub", *((right, left) if op in ">≥" else (left, right)))
-    if op == "=" and not any(difference): return right  # 2+3=5 stands for 5
-    scale = difference[0] if op in "=≠" else abs(difference[0])  # a relation holds up to a factor
-    return (op.translate(str.maketrans(">≥", "<≤")), [[number / scale for number in difference]])
-
-
-def _operand(tokens, context):
-    """Reads a number, name, word, bracket, sign or function; ValueError or KeyError for anything else."""
-    name = (token := tokens.pop()).strip('"\\')
-    if token in ("(", "[", "{", "⦃", "⟦"):
-        inner, kind = _parse(tokens, context), KINDS[token + tokens.pop()]
-        return (kind, inner[1]) if inner[0] == "," else inner
-    if token in ("+", "-"): return _apply(context, NAMES[token], [0] * 4, _parse(tokens, context, LEVEL["s"]))
-    if token[:1] == "\\" and name in FUNCTIONS + PREFIXES:
-        if name in FUNCTIONS and tokens[-1] not in ("(", "{"):
-            return _apply(context, name, _parse(tokens, context, LEVEL["s"]))
-        operands = [_operand(tokens, context) for _ in range(2 if name in ("fdiv", "power") else 1)]
-        return _apply(context, name, *(operands[::-1] if name == "power" else operands))
-    if name[:1].isalpha() or name in ("∞", "∅") or "_" in name:
-        word = re.fullmatch('"..+"|[A-Z]{2,}', token)
-        return _symbol(name.lower() if word else re.sub("[{} ]", "", name), context)
-    return _apply(context, "mpf", [token] * 4)  # ValueError for anything that is no number
-
-
-def _canonical(value, context):
-    """Something hashable that is the same for all spellings of a value."""
-    if isinstance(value, tuple):
-        kind, items = value[0], [_canonical(item, context) for item in value[1]]
-        return (kind, *(sorted(items, key=repr) if kind in ",∪∧⦃⦄" else items))
-    scale = context.ldexp(1, context.prec - 128)  # 128 bits are left for MAX_EXPONENT and rounding errors
-    return tuple(context.nint(part * scale) for number in value for part in (number.real, number.imag))
-
-
-@functools.lru_cache(1000)  # one gold answer is compared with many
-def _evaluate(text, bits):
-    """The canonical value of a text at one precision."""
-    context, tokens = _context(bits), ["", *reversed(TOKEN.findall(text))]
-    return _canonical(_parse(tokens, context), context), tokens  # tokens that are left over count as well
-
-
-def _readings(answer, gold):
-    """The two texts in the parser's alphabet, and where one has a unit that the other lacks, both without units."""
-    texts = [_plain(answer), _plain(gold)]
-    labels = [set(LABEL.findall(text)) for text in texts]
-    if len(labels[0] | labels[1]) == 1 and (labels[0] == labels[1] or not all("=" in text for text in texts)):
-        texts = [LABEL.sub("", text) for text in texts]
-    bare = [UNIT.sub("", text) for text in texts]
-    # The answer 35% to the gold answer 35 is fine, 0.5% to 0.5 is not.
-    lenient = (texts[0] == bare[0]) != (texts[1] == bare[1]) and ("·0.01" not in texts[0] or texts[1].isdigit())
-    return [texts, bare][:1 + lenient]
-
-
-def same_answer(answer, gold):
-    """Are two bare answers, such as 1/2 and \\frac12, equal?  Never raises: what cannot be read is equal to nothing.
-
-    Policies: decimals are exact, so 0.333 is not 1/3.  The gold answer 35\\% takes 35 and 0.35.  A unit, or the x= of
-    x=5, may be left out but not changed.  Bare lists and sets are unordered, tuples, intervals and matrices ordered.
-    Words compare as strings, whatever their case.  A chain such as 5=6=5 is no number.
-    """
-    try:
-        readings = _readings(answer, gold)
-        if all(re.fullmatch(r"-?(?:\d+/\d+|\d*\.?\d+)", text) for text in readings[0]):
-            return Fraction(readings[0][0]) == Fraction(readings[0][1])
-        # The first precision weeds out, the second tells e^(pi sqrt 163) from the integer that it is so close to.
-        return any(all(_evaluate(one, bits) == _evaluate(other, bits) for bits in (192, 320))
-                   for one, other in readings)
-    except (ValueError, TypeError, ArithmeticError, LookupError, RecursionError):
-        return False
-
-
-def extract_answer(response):
-    """The content of the last \\boxed{}, \\fbox{} or <answer>...</answer>, whichever comes last.
-
-    None when there is none, or when the last one is cut off.  A \\boxed without braces takes the word that follows.
-    """
-    found = BOX.match(response, max(0, *map(response.rfind, ("\\boxed", "\\fbox", "<answer>"))))
-    return found and found[found.lastindex]
-
-
-def verify(response, gold):
-    """Does the final answer of `response` equal `gold`?  Never raises, whatever the two are."""
-    return isinstance(response, str) and same_answer(extract_answer(response), gold)
-
-
-# =====================================================================================================================
-# §4 Sampling with a KV cache
-
-
-class Slab(DynamicLayer):
-    """One layer's keys and values in buffers with room for n whole responses to each prompt: a decoding step writes one
-    slot where transformers' own cache copies everything. Some rows are in use, and of each the first `window` slots."""
-
-    def __init__(self, layer, n: int, room: int, slot):
-        super().__init__()
-        self.slot, self.window = slot, layer.keys.shape[2]
-        self.buffers = [x.new_empty(len(x) * n, x.shape[1], room, x.shape[3]) for x in (layer.keys, layer.values)]
-        for buffer, x in zip(self.buffers, (layer.keys, layer.values)): buffer[:len(x), :, :self.window] = x
-
-    def update(self, keys, values, *args, **kwargs):
-        """Called by each attention layer: store the new keys and values (B, heads, 1, D), return all in the window."""
-        self.keys[:, :, self.slot], self.values[:, :, self.slot] = keys, values
-        return self.keys[:, :, :self.window], self.values[:, :, :self.window]
-
-    def resize(self, rows, window: int):
-        """Put copies of `rows` in the place of all rows, and open the window further. The memory stays where it is."""
-        moves = not torch.equal(rows, torch.arange(len(rows), device=rows.device))
-        for x in self.buffers:
-            if moves: x[:len(rows), :, :self.window] = x[:, :, :self.window].index_select(0, rows)
-            x[:len(rows), :, self.window:window] = 0  # masked until it is written, but 0 · nan would be nan
-        self.keys, self.values, self.window = *(x[:len(rows)] for x in self.buffers), window
-
-
-def replayed(step: callable, device) -> callable:
-    """On CUDA, the kernels of step() recorded once into a graph: launching them one by one takes longer than a small
-    model takes to compute. What step() reads and writes must stay where it is, and it must have been called before, as
-    libraries set themselves up in a first call. Elsewhere this is step itself."""
-    if device.type != "cuda": return step
-    with torch.cuda.graph(graph := torch.cuda.CUDAGraph()): logits = step()
-    return lambda: graph.replay() or logits
-
-
-def sample_tokens(logits, temperature: float):
-    """Draw one token a row and return it with its log-probability under the very distribution it was drawn from.
-
-    logits (B, V) -> tokens (B,), logps (B,). Temperature 0 is the argmax, whose distribution is a point: log 1 = 0.
-    """
-    if temperature == 0: return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
-    logps = (logits.float() / temperature).log_softmax(-1)
-    cdf = logps.exp().cumsum(-1)
-    # Inverse transform: one uniform number a row, where multinomial draws V. 1 - rand lies in (0, 1]: no empty bin.
-    tokens = torch.searchsorted(cdf, (1 - torch.rand(len(cdf), 1, device=cdf.device)) * cdf[:, -1:])
-    return tokens[:, 0], logps.gather(1, tokens)[:, 0]
-
-
-def prefill(model, prompts: list[list[int]], n: int, room: int):
-    """Run every prompt through the model once.
-
-    Returns logits (P, V) of the first response token, a cache of Slabs, the mask (P, 1, 1, room) that is added to the
-    attention scores, prompt lengths (P,), and the slot (1,) where the next keys go: a tensor, as graphs need it.
-    Raises InputError for a model whose cache is not plain keys and values."""
-    ids, mask = pad(prompts, model.device, side="left")  # (P, L)
-    cache = DynamicCache(config=model.config)
-    logits = model(input_ids=ids, attention_mask=mask.long(), position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-                   past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-    refuse({type(layer) for layer in cache.layers} != {DynamicLayer},
-           f"a {model.config.model_type} model: sliding windows and recurrent layers cannot be sampled from")
-    slot = torch.tensor([ids.shape[1]], device=model.device)
-    cache = Cache(layers=[Slab(layer, n, room, slot) for layer in cache.layers])
-    seen = torch.nn.functional.pad(mask, (0, room - ids.shape[1]))  # neither padding nor slots of tokens to come
-    bias = torch.where(seen, 0.0, -math.inf).to(model.dtype)
-    return logits, cache, bias[:, None, None], mask.sum(1), slot
-
-
-@torch.inference_mode()
-def generate(model, prompts, n, max_new_tokens, temperature=1.0, eos_token_id=None, span=None) -> list:
-    """Sample n responses to every prompt.
-
-    Rollouts that have said the same so far share a row of the batch: each prompt is read once, a row becomes several
-    where its rollouts part, and what nobody reads any more leaves. This is exact, as each draws its own tokens.
-    Returns for each prompt n pairs (ids, logps): ids keep their end-of-sequence token when they stopped by
-    themselves, and logps (nats) belong to the distribution at `temperature` that the ids were drawn from.
-    eos_token_id: an id, a list of ids, or None for no stopping. span: attention's window on the cache opens by so many
-    slots at a time, and one CUDA graph serves for as long as neither it nor the rows change; 256 on CUDA, else 1.
-    """
-    if not prompts: return []
-    device, stops = model.device, [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id or []
-    stops, span = torch.tensor(stops, dtype=torch.long, device=device), span or (256 if device.type == "cuda" else 1)
-    width, window = max(map(len, prompts)), 0
-    logits, cache, mask, lengths, slot = prefill(model, prompts, n, span * math.ceil((width + max_new_tokens) / span))
-    who = torch.arange(len(prompts) * n, device=device)  # the rollouts that are still running
-    row, V = who // n, logits.shape[1]  # which row of the batch each of them reads
-    all_ids = torch.zeros(len(who), max_new_tokens, dtype=torch.long, device=device)
-    all_logps, ends = torch.zeros_like(all_ids, dtype=torch.float), torch.zeros_like(who)
-    for t in range(max_new_tokens):
-        tokens, logps = sample_tokens(logits[row], temperature)
-        all_ids[who, t], all_logps[who, t], ends[who] = tokens, logps, t + 1
-        going = ~torch.isin(tokens, stops)
-        who, row, tokens = who[going], row[going], tokens[going]
-        if len(who) == 0 or t == max_new_tokens - 1: break
-        pasts, shared = torch.unique(row * V + tokens, return_inverse=True)
-        # Rows are regrouped where rollouts part; where some only left, when that pays for moving the cache.
-        regroup = len(pasts) > len(row.unique()) or len(pasts) < (0.85 if span == 1 else 0.5) * len(lengths)
-        if regroup or width + t >= window:
-            keep, row = (pasts // V, shared) if regroup else (torch.arange(len(lengths), device=device), row)
-            window = span * (1 + (width + t) // span)
-            for layer in cache.layers: layer.resize(keep, window)
-            lengths, mask = lengths[keep], mask[keep]
-            ids, positions = torch.zeros(2, len(lengths), 1, dtype=torch.long, device=device)
-            args = dict(input_ids=ids, position_ids=positions, attention_mask=mask[..., :window], past_key_values=cache)
-            step = forward = lambda: model(**args).logits[:, -1]
-        elif step is forward: step = replayed(forward, device)  # not at once, as rows often part again
-        mask[..., width + t], slot[:] = 0, width + t
-        ids[row, 0], positions[:, 0] = tokens, lengths + t
-        logits = step()
-    pairs = [(ids[:end], logps[:end]) for ids, logps, end in zip(all_ids.tolist(), all_logps.tolist(), ends.tolist())]
-    return [pairs[start:start + n] for start in range(0, len(pairs), n)]
-
-
-def pad(sequences: list[list], device, side: str = "right"):
-    """Lists of unequal length -> tensor (B, T) filled up with zeros, mask (B, T). The mask comes from the lengths:
-    where padding and end-of-sequence share an id, a mask made from ids would lose the end."""
-    fill = lambda rows: torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, rows)), True, padding_side=side)
-    return fill(sequences).to(device), fill([[True] * len(sequence) for sequence in sequences]).to(device)
-
-
-# =====================================================================================================================
-# §5 Log-probabilities
-
-
-def read_head(head, states, targets, temperature: float):
-    """log p of each target and entropy of its distribution, both (N,) and in nats, from hidden states (N, H)."""
-    log_p = (head(states).float() / temperature).log_softmax(-1)  # (N, V)
-    return log_p.gather(1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
-
-
-def score(model, prompts, responses, temperature: float = 1.0, critic=None):
-    """One forward pass over prompt + response -> logps, mask, entropy, values, all (B, T), of the response's tokens.
-    logps and entropy are in nats; all but the mask are 0 where it is False.
-
-    values[b, t] is what critic, if any, says before token t; it only reads the states and does not train them.
-    The logits of a real vocabulary would fill the memory: they exist for some tokens at a time, and the backward pass
-    computes them again."""
-    ids, _ = pad([p + r for p, r in zip(prompts, responses)], model.device)  # (B, L)
-    targets, mask = pad(responses, ids.device)  # (B, T)
-    # The state before a token predicts it: the response's places (B, L), moved left by one.
-    places = pad([[False] * len(p) + [True] * len(r) for p, r in zip(prompts, responses)], ids.device)[0].roll(-1, 1)
-    head, units = model.get_output_embeddings(), [m for m in model.modules() if getattr(m, "gradient_checkpointing", 0)]
-    with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"):
-        for unit in units: unit.training = True  # what --recompute looks at; the dropout inside stays off
-        # Padding stands on the right, where causal attention never looks back at it: no attention mask is needed.
-        states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[places]  # (response tokens, H)
-        for unit in units: unit.training = False
-        size = max(1, 2**26 // head.out_features)  # tokens at a time: 256 MB of logits
-        chunks = zip(states.split(size), targets[mask].split(size))
-        parts = [torch.utils.checkpoint.checkpoint(read_head, head, *chunk, temperature, use_reentrant=False)
-                 for chunk in chunks]
-    unflatten = lambda x: x.new_zeros(mask.shape).masked_scatter(mask, x)
-    values = unflatten(critic(states.detach().float())[:, 0]) if critic else None
-    logps, entropy = (unflatten(torch.cat(part)) for part in zip(*parts))
-    return logps, mask, entropy, values
-
-
-def token_logps(model, prompts: list[list[int]], responses: list[list[int]], temperature: float = 1.0):
-    """log π(token | prompt, response so far) of every response token, in nats, differentiable.
-
-    Returns logps (B, T) and mask (B, T), T the longest response; logps are 0 where the mask is False.
-    `temperature` must be the one sampled at: another one scores another distribution.
-    """
-    return score(model, prompts, responses, temperature)[:2]
-
-
-# =====================================================================================================================
-# §6 The objective
-
-
-def group_advantages(rewards, follow: str = "code"):
-    """Advantage of each response over its group: rewards (P, G) -> (P, G).
-
-    code:   A = R - mean(R), over the group after guidance changed it
-    paper:  A = (R - mean(R)) / std(R)  (AMPO Eq. 6; unbiased std)
-    A group of equal rewards gets exactly 0, not rounding noise divided by a tiny std.
-
-    >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.1, 0.1, 0.1, 0.1]]))
-    tensor([[ 0.7500, -0.2500, -0.2500, -0.2500],
-            [ 0.0000,  0.0000,  0.0000,  0.0000]])
-    >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]), "paper")
-    tensor([[ 1.5000, -0.5000, -0.5000, -0.5000]])
-    """
-    advantages = rewards - rewards.mean(1, keepdim=True)
-    if follow == "paper": advantages = advantages / (rewards.std(1, keepdim=True) + 1e-6)
-    return advantages.masked_fill(rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True), 0.0)
-
-
-def gae(values, rewards, mask, lam: float = 0.95):
-    """Generalised advantage estimation with γ = 1 and the reward at the last token (Schulman et al. 2016, Eq. 16).
-
-    values (B, T), rewards (B,), mask (B, T) -> (B, T):  A_t = δ_t + λ·A_{t+1},  δ_t = r_t + V_{t+1} - V_t
-
-    >>> gae(torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([1.0]), torch.tensor([[True, True, False]]), lam=0.5)
-    tensor([[0.2500, 0.5000, 0.0000]])
-    """
-    values = values * mask
-    last = torch.arange(mask.shape[1], device=mask.device) == mask.sum(1, keepdim=True) - 1  # (B, T)
-    delta = rewards[:, None] * last + torch.nn.functional.pad(values[:, 1:], (0, 1)) - values
-    advantages, later = torch.zeros_like(values), 0
-    for t in reversed(range(mask.shape[1])): advantages[:, t] = later = delta[:, t] + lam * later
-    return advantages
-
-
-def policy_objective(logps, old_logps, advantages, off_policy, clip: float = 0.2, gamma=0.1):
-    """The per-token objective that every method here maximises (AMPO Eq. 7, LUFFY Eq. 6).
-
-    on-policy rows:   min(ratio·A, clip(ratio, 1-ε, 1+ε)·A)
-    off-policy rows:  f(ratio)·A,  f(x) = x/(x+γ): tokens the student finds unlikely weigh most
-
-    logps, old_logps (B, T); advantages (B,) or (B, T); off_policy (B,) bool -> (B, T), not masked, not averaged.
-    A teacher's trace has old_logps = 0, so its ratio is the student's probability itself.
-    AMPO's paper writes the clip around f as well: for A ≥ 0 it changes nothing, since f < 1 < 1 + ε.
-
-    >>> p, old_p = torch.tensor([[0.2, 0.6], [0.9, 0.1]]), torch.tensor([[0.2, 0.2], [1.0, 1.0]])  # ratios 1, 3; .9, .1
-    >>> policy_objective(p.log(), old_p.log(), torch.tensor([1.0, 1.0]), torch.tensor([False, True]))
-    tensor([[1.0000, 1.2000],
-            [0.9000, 0.5000]])
-    """
-    if advantages.dim() == 1: advantages = advantages[:, None]
-    # exp(20) is far outside any clip, and keeps inf/inf = nan out of f.
-    ratio = (logps - old_logps).clamp(max=20).exp()
-    on = torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
-    off = ratio / (ratio + gamma) * advantages
-    return torch.where(off_policy[:, None], off, on)
-
-
-# =====================================================================================================================
-# §7 Guidance: what each method does with a failed group
-
-# In the examples, `student` is data/base with G = 4, `problem` is "Solve 3*(4*x+2)-4=20." with traces of the teachers
-# undo, work and secant, a hint and a solution, and `wrong` and `right` are two rollouts of it. Throughout, `problems` are
-# Problems, a group is a list of Samples, and `groups` has one a problem.
-
-
-@dataclass
+@dataclass(frozen=True)
 class Sample:
     """One response and all that is needed to train on it."""
 
-    prompt: list[int]        # the prompt it is trained on, which need not be the one it was sampled with
-    ids: list[int]           # response tokens, end-of-sequence included
-    old_logps: list[float]   # log-probability of each under whatever produced it; 0 for a teacher's trace
+    prompt: list              # ids it is trained on; it may have been sampled with others
+    ids: list                 # response tokens, the end token included
+    old_logps: list           # one a token, under whatever produced it; 0 for a teacher's trace
     text: str
-    correct: bool
+    correct: bool             # what the verifier says
     reward: float
-    source: str = "student"  # student, hint, or a teacher's name
+    source: str = "student"   # student, hint, or a teacher's name
     off_policy: bool = False
-    advantages: list[float] = field(default_factory=list)  # one a token
-    weights: list[float] = field(default_factory=list)  # one a token: 1 / normaliser of the whole update
-    values: list[float] = field(default_factory=list)  # --advantage gae: the value head's, one a token
+    advantages: list = ()     # one a token, from add_advantages
+    old_values: list = ()     # one a token, where there is a value head
+    weight: float = 0.0       # of each of its tokens in one update, from token_weights
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a publication turns rewards into a loss. A row of RECIPES."""
+
+    std: bool                  # divide advantages by the group's standard deviation
+    average: str               # over tokens; token_weights lists the kinds
+    clip_eps: float            # of the on-policy clip; infinity: none
+    right_reward: float        # for a right answer
+    format_reward: float       # for an answer that can be read, right or wrong
+    entropy_coef: float        # of the bonus, a mean over all response tokens of an update
+    std_eps: float = 1e-6      # added to the standard deviation
+    trace_reward: float = None  # of every trace; None: the verifier decides
+
+
+@dataclass(frozen=True)
+class Method:
+    """All that a method changes; the rest of this file is shared."""
+
+    guide: callable               # (student, problems, groups) -> groups
+    recipe: str                   # its own conventions; --recipe chooses others
+    needs: str = ""               # the field of Problem that it lives on
+    rollouts: bool = True
+    imitates: bool = False        # traces: log-likelihood, outside the group's mean
+    measured_gamma: bool = False  # Guide: γ is the 90th percentile of the guided ratio
 
 
 @dataclass
 class Student:
     """The model in training and what it takes to sample from it."""
 
-    model: torch.nn.Module   # float32 master weights
-    sampler: torch.nn.Module  # what generate() runs: the model itself; on CUDA a bfloat16 copy of it
+    model: torch.nn.Module          # float32 weights
+    rollout_model: torch.nn.Module  # what samples: the model itself; on a GPU a bfloat16 copy
     tokenizer: object
-    critic: torch.nn.Linear  # value head on the last hidden state, for --advantage gae
-    eos: list[int]           # the first one ends a teacher's trace, any of them ends a rollout
-    cfg: Config
-    sampled: int = 0         # tokens sampled in this step, guidance included
+    value_head: torch.nn.Linear     # on the last hidden state, for --advantage gae
+    eos: list                       # ids that end a rollout; the first one ends a trace
+    cfg: object                     # Config, the settings of the run (§8)
+    method: Method
+    recipe: Recipe
+    generate: callable              # the sampler: generate (§6) or another of its signature
+    tokens_sampled: int = 0         # by rollout(), guidance included
 
 
-def rollout(student, problems, messages: list[str]) -> list[list]:
-    """G verified rollouts of each message, a group a problem; they train on the prompt they were sampled with.
+# =================================================================================================
+# §2 The objective
 
-    >>> (group,) = rollout(student, [problem], [problem.question])
-    >>> len(group), group[0].prompt == encode_prompt(student.tokenizer, problem.question)
-    (4, True)
+
+def group_advantages(rewards, std=False, std_eps=1e-6):
+    """Advantage of each response over its group: rewards (P, G) -> (P, G).
+
+    A = R - mean(R), with `std` divided by the unbiased std(R) + std_eps (GRPO; AMPO Eq. 6). The
+    group is the one after guidance, traces included. A group of equal rewards gets exactly 0,
+    not rounding noise over a tiny std.
+
+    >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.1, 0.1, 0.1, 0.1]]))
+    tensor([[ 0.7500, -0.2500, -0.2500, -0.2500],
+            [ 0.0000,  0.0000,  0.0000,  0.0000]])
+    >>> group_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]), std=True)
+    tensor([[ 1.5000, -0.5000, -0.5000, -0.5000]])
     """
-    cfg, groups = student.cfg, []
-    prompts = [encode_prompt(student.tokenizer, message, cfg.system) for message in messages]
-    size = max(1, cfg.cache_tokens // cfg.group_size // (max(map(len, prompts), default=0) + cfg.max_new_tokens))
-    for i in range(0, len(prompts), size):
-        groups += generate(student.sampler, prompts[i:i + size], cfg.group_size, cfg.max_new_tokens, cfg.temperature,
-                           student.eos)
-    student.sampled += sum(len(ids) for group in groups for ids, _ in group)
-    return [[judge(student, p, prompt, *pair) for pair in group] for p, prompt, group in zip(problems, prompts, groups)]
+    advantages = rewards - rewards.mean(dim=1, keepdim=True)
+    if std:
+        advantages = advantages / (rewards.std(dim=1, keepdim=True) + std_eps)
+    equal = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)
+    return advantages.masked_fill(equal, 0.0)
 
 
-def judge(student, problem, prompt: list[int], ids: list[int], logps: list[float]) -> Sample:
-    """Verify one rollout. The reward is 0.9 for a right answer + 0.1 for giving one at all, as in official AMPO.
+def policy_objective(
+    logps, old_logps, advantages, off_policy, clip_eps=0.2, gamma=0.1, shaping="f"
+):
+    """The objective of each token, to be maximised (AMPO Eq. 7, LUFFY Eq. 6).
 
-    >>> texts = ["8-2=6 \\\\boxed{6/4}", "8-2=6 \\\\boxed{6}", "8-2=6"]
-    >>> [judge(student, problem, [7], student.tokenizer(text).input_ids, []).reward for text in texts]
-    [1.0, 0.1, 0.0]
+    on-policy rows:   min(ratio · A, clip(ratio, 1-ε, 1+ε) · A)
+    off-policy rows:  f(ratio) · A,  f(x) = x / (x + γ): tokens the student finds unlikely weigh
+                      most; shaping "ratio" takes x in place of f(x), "log" takes log x
+
+    logps, old_logps (B, T); advantages (B,) or (B, T); off_policy (B,) bool -> (B, T), neither
+    masked nor averaged. A trace has old_logps = 0: its ratio is the student's probability of the
+    token. AMPO's paper clips f as well; for A ≥ 0 this changes nothing, as f < 1 < 1 + ε.
+
+    >>> p = torch.tensor([[0.2, 0.6], [0.9, 0.1]])
+    >>> old_p = torch.tensor([[0.2, 0.2], [1.0, 1.0]])
+    >>> off_policy = torch.tensor([False, True])
+    >>> policy_objective(p.log(), old_p.log(), torch.tensor([1.0, 1.0]), off_policy)
+    tensor([[1.0000, 1.2000],
+            [0.9000, 0.5000]])
     """
-    correct = verify(text := student.tokenizer.decode(ids, skip_special_tokens=True), problem.answer)
-    return Sample(prompt, ids, logps, text, correct, 0.9 * correct + 0.1 * (extract_answer(text) is not None))
+    if advantages.dim() == 1:
+        advantages = advantages[:, None]                       # (B, 1)
+    # exp(20) is far outside any clip, and keeps inf / inf = nan out of f.
+    log_ratio = (logps - old_logps).clamp(max=20)              # (B, T)
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
+    on = torch.minimum(ratio * advantages, clipped * advantages)
+    if shaping == "f":
+        off = ratio / (ratio + gamma) * advantages
+    elif shaping == "ratio":
+        off = ratio * advantages
+    else:
+        off = log_ratio * advantages
+    return torch.where(off_policy[:, None], off, on)
 
 
-def needs_guidance(group, trigger: str = "fail") -> bool:
-    """fail: no rollout is correct, the situation this file is about. half: fewer than half are (AMPO v2). always.
+def token_weights(groups, recipe, max_new_tokens):
+    """The weight of each sample's tokens in the loss: for each group a number a sample.
 
-    >>> two, three = [wrong, wrong], [wrong, wrong, right]
-    >>> needs_guidance(two), needs_guidance(three), needs_guidance(three, "half")
-    (True, False, True)
+    All sums run over the whole update, so that the gradient cannot depend on how it is cut into
+    micro-batches. recipe.average:
+
+    "constant"    1 / (sequences · longest response allowed)      AMPO and LUFFY, code
+    "responses"   mean over responses of their token means        GRPO, paper; Guide, code
+    "groups"      mean over groups of the mean over their tokens  GHPO, code
+    "tokens"      one mean over all tokens of both kinds          LUFFY, paper (Eq. 6)
+    "split"       off-policy: mean of response means,             AMPO, paper (Eq. 7)
+                  on-policy: mean over tokens
     """
-    return sum(sample.correct for sample in group) / len(group) < {"fail": 1e-9, "half": 0.5, "always": 2}[trigger]
+    samples = flatten(groups)
+    traces = [sample for sample in samples if sample.off_policy]
+    rollout_tokens = tokens_of(samples) - tokens_of(traces)
+
+    def weight(sample, group):
+        if recipe.average == "constant":
+            return 1 / (len(samples) * max_new_tokens)
+        if recipe.average == "responses":
+            return 1 / (len(samples) * len(sample.ids))
+        if recipe.average == "groups":
+            return 1 / (len(groups) * tokens_of(group))
+        if recipe.average == "tokens":
+            return 1 / tokens_of(samples)
+        if sample.off_policy:
+            return 1 / (len(traces) * len(sample.ids))
+        return 1 / rollout_tokens
+
+    weights = []
+    for group in groups:
+        weights.append([weight(sample, group) for sample in group])
+    return weights
 
 
-def teacher_samples(student, problem) -> list[Sample]:
-    """The problem's traces as samples, in the order of the file. π_φ is taken as 1, so old_logps = 0. Their reward is
-    forced to 1 (AMPO v1; v2 verifies it). Traces longer than the student may write are left out.
+def gae(values, rewards, mask, gae_lambda=0.95):
+    """Generalised advantage estimation, undiscounted, with the reward at the last token.
 
-    >>> [(s.source, len(s.ids), s.reward, s.old_logps[0]) for s in teacher_samples(student, problem)]
-    [('undo', 41, 1.0, 0.0), ('work', 28, 1.0, 0.0), ('secant', 45, 1.0, 0.0)]
+    values (B, T), rewards (B,), mask (B, T) -> (B, T):
+    A_t = δ_t + λ·A_{t+1},  δ_t = r_t + V_{t+1} - V_t  (Schulman et al. 2016, Eq. 16)
+
+    >>> values = torch.tensor([[0.5, 0.5, 0.0]])
+    >>> mask = torch.tensor([[True, True, False]])
+    >>> gae(values, torch.tensor([1.0]), mask, gae_lambda=0.5)
+    tensor([[0.2500, 0.5000, 0.0000]])
     """
-    samples, prompt = [], encode_prompt(student.tokenizer, problem.question, student.cfg.system)
+    values = values * mask                                     # nothing comes after the last token
+    last = mask.sum(dim=1) - 1                                 # (B,)
+    next_advantage = torch.zeros_like(rewards)                 # (B,)
+    next_value = torch.zeros_like(rewards)
+    advantages = torch.zeros_like(values)                      # (B, T)
+    for t in reversed(range(values.shape[1])):
+        delta = rewards * (last == t) + next_value - values[:, t]
+        next_advantage = delta + gae_lambda * next_advantage
+        next_value = values[:, t]
+        advantages[:, t] = next_advantage
+    return advantages
+
+
+def value_loss(values, old_values, advantages, clip_eps=0.2):
+    """Half the squared error of the value head against the returns, old values + A; all (B, T).
+
+    The error is at least that of values which moved by no more than clip_eps: customary in PPO,
+    though not in its paper.
+    """
+    returns = old_values + advantages
+    clipped = old_values + (values - old_values).clamp(-clip_eps, clip_eps)
+    return torch.maximum((values - returns) ** 2, (clipped - returns) ** 2) / 2
+
+
+# =================================================================================================
+# §3 Guidance: what each method does with a failed group
+
+# A group is a list of Samples of one problem; `groups` has one for each of `problems`.
+# In the examples, `student` is data/base with G = 4, `problem` is "Solve 3*(4*x+2)-4=20." with
+# traces of the teachers undo, work and secant, a hint and a solution, and `wrong` and `right` are
+# two rollouts of it.
+
+
+def needs_guidance(group, trigger="fail"):
+    """fail: no rollout is correct (AMPO Eq. 3). half: fewer than half are (its second release).
+
+    >>> needs_guidance([wrong, wrong]), needs_guidance([wrong, right])
+    (True, False)
+    >>> needs_guidance([right, wrong, wrong], "half"), needs_guidance([right], "always")
+    (True, True)
+    """
+    correct = sum(sample.correct for sample in group)
+    if trigger == "always":
+        return True
+    if trigger == "half":
+        return correct < len(group) / 2
+    return correct == 0
+
+
+def teacher_samples(student, problem):
+    """The problem's traces as off-policy samples. π_φ is taken as 1, so old_logps are 0.
+
+    Traces longer than the student may write are left out.
+
+    >>> [(s.source, len(s.ids), s.reward) for s in teacher_samples(student, problem)]
+    [('undo', 41, 1.0), ('work', 28, 1.0), ('secant', 45, 1.0)]
+    """
+    prompt = prompt_of(student, problem)
+    samples = []
     for name, text in problem.teachers.items():
-        ids = student.tokenizer(text, add_special_tokens=False).input_ids + student.eos[:1]
-        right = student.cfg.trigger != "half" or verify(text, problem.answer)
-        if text and len(ids) <= student.cfg.max_new_tokens:
-            samples.append(Sample(prompt, ids, [0.0] * len(ids), text, right, float(right), name, off_policy=True))
+        ids = encode(student.tokenizer, text) + student.eos[:1]
+        if not text or len(ids) > student.cfg.max_new_tokens:
+            continue
+        correct, reward = verdict(student.recipe, problem, text)
+        if student.recipe.trace_reward is not None:
+            reward = student.recipe.trace_reward
+        sample = Sample(prompt, ids, [0.0] * len(ids), text, correct, reward, name, off_policy=True)
+        samples.append(sample)
     return samples
 
 
 @torch.no_grad()
-def comprehension(model, tokenizer, problem, traces: list[str], follow="code", system="") -> list[float]:
-    """How well the student understands each trace: the probability r_p of the gold answer after it (AMPO Eq. 5).
+def comprehension(model, tokenizer, problem, traces, mean="arithmetic", system=""):
+    """How well the student understands each trace: r_p, the probability of the gold answer after
+    it (AMPO Eq. 5).
 
-    A trace is cut where its final answer starts, the gold answer is put there, and only its tokens are scored.
-    code:   the arithmetic mean of the tokens' probabilities
-    paper:  exp(mean log p), their geometric mean
-    Returns a number in [0, 1] for each trace; a trace without an answer mark scores 0.
+    The gold answer takes the place of the trace's final answer, and only its tokens are scored.
+    mean: "arithmetic", of the tokens' probabilities (code), or "geometric" (paper: exp of the mean
+    log p). Returns a number in [0, 1] for each trace, 0 for one without \\boxed{ or <answer>.
 
     >>> traces = [problem.teachers["undo"], problem.teachers["secant"], "20+4=24"]
     >>> [round(r, 1) for r in comprehension(student.model, student.tokenizer, problem, traces)]
     [1.0, 0.2, 0.0]
     """
-    encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids
-    prompt = encode_prompt(tokenizer, problem.question, system)
-    cut = [(re.match(r".*(?:\\boxed\{|<answer>)", trace, re.DOTALL) or [""])[0] for trace in traces]
-    ids = [encode(before + problem.answer) for before in cut]
-    # A token may span mark and answer, as "{\" does: the answer begins with the first token that differs.
-    starts = [len(os.path.commonprefix([encode(before), whole])) for before, whole in zip(cut, ids)]
-    pairs = [(prompt + whole[:start], whole[start:]) for whole, start in zip(ids, starts)]
-    logps, mask = token_logps(model, *zip(*pairs))
-    mean = lambda x: (x * mask).sum(1) / mask.sum(1)
-    scores = mean(logps).exp() if follow == "paper" else mean(logps.exp())
-    return [score * bool(before) for score, before in zip(scores.tolist(), cut)]
+    if not traces:
+        return []
+    prompt = encode_prompt(tokenizer, problem.question, problem.system or system)
+    leads = [trace_lead(trace) for trace in traces]
+    contexts = []
+    answers = []
+    for lead in leads:
+        before = encode(tokenizer, lead)
+        whole = encode(tokenizer, lead + problem.answer)
+        # A token may span mark and answer, as "{-" does. The answer begins with the first token
+        # that differs.
+        start = len(os.path.commonprefix([before, whole]))
+        contexts.append(prompt + whole[:start])
+        answers.append(whole[start:])
+    logps, mask = token_logps(model, contexts, answers)        # (B, T)
+    scores = []
+    for lead, row, row_mask in zip(leads, logps, mask):
+        answer_logps = row[row_mask]
+        if not lead:
+            score = 0.0
+        elif mean == "geometric":
+            score = answer_logps.mean().exp().item()
+        else:
+            score = answer_logps.exp().mean().item()
+        scores.append(score)
+    return scores
 
 
-def choose_traces(student, problem, k: int) -> list:
-    """The k traces to learn from: those that the student comprehends best, ties to the shorter one (AMPO).
+def trace_lead(trace):
+    """A trace up to where its final answer begins, the space after <answer> included.
+
+    >>> trace_lead("so <answer>5</answer>"), trace_lead("2+3 \\\\boxed{5}"), trace_lead("2+3=5")
+    ('so <answer> ', '2+3 \\\\boxed{', '')
+    """
+    marks = list(re.finditer(r"\\boxed\{|<answer>\s*", trace))
+    if not marks:
+        return ""
+    lead = trace[:marks[-1].end()]
+    if lead.endswith("<answer>"):
+        return lead + " "
+    return lead
+
+
+def choose_traces(student, problem, k):
+    """The k traces to learn from: those the student comprehends best, in a tie the shorter ones.
+
+    --select random, shortest or longest chooses otherwise.
 
     >>> sorted(trace.source for trace in choose_traces(student, problem, 2))
     ['undo', 'work']
     """
-    cfg, traces = student.cfg, teacher_samples(student, problem)
-    texts = [trace.text for trace in traces]
-    r = comprehension(student.sampler, student.tokenizer, problem, texts, cfg.follow, cfg.system) if texts else []
-    # The official code ranks by 0.9·r_p + 0.1·format in bfloat16, whose coarse steps make ties.
-    if cfg.follow == "code": r = (0.9 * torch.tensor(r) + 0.1).bfloat16().tolist()
-    return [traces[i] for i in sorted(range(len(traces)), key=lambda i: (-r[i], len(traces[i].ids)))[:k]]
+    cfg = student.cfg
+    traces = sorted(teacher_samples(student, problem), key=lambda trace: len(trace.ids))
+    order = range(len(traces))                                 # --select shortest
+    if cfg.select == "longest":
+        order = reversed(order)
+    elif cfg.select == "random":
+        order = torch.randperm(len(traces)).tolist()
+    elif cfg.select == "comprehension":
+        mean = "geometric" if cfg.follow == "paper" else "arithmetic"
+        texts = [trace.text for trace in traces]
+        scores = comprehension(
+            student.rollout_model, student.tokenizer, problem, texts, mean, cfg.system
+        )
+        scores = torch.tensor(scores)
+        if mean == "arithmetic":
+            scores = scores.bfloat16()  # as the official code does; its coarse steps make ties
+        order = scores.argsort(descending=True, stable=True).tolist()
+    return [traces[i] for i in order][:k]
 
 
-def swap_in(traces, group) -> list:
-    """The group with traces in place of as many random incorrect rollouts (AMPO).
+def swap_in(traces, group):
+    """The group with each trace in the place of an incorrect rollout, chosen at random (Eq. 4).
 
     >>> [s.source for s in swap_in(teacher_samples(student, problem)[:1], [right, wrong, right])]
     ['student', 'undo', 'student']
     """
-    wrong, group = [i for i, sample in enumerate(group) if not sample.correct], list(group)
-    for slot, trace in zip(torch.randperm(len(wrong)).tolist(), traces): group[wrong[slot]] = trace
+    incorrect = [i for i, sample in enumerate(group) if not sample.correct]
+    order = torch.randperm(len(incorrect)).tolist()
+    group = list(group)
+    for j, trace in zip(order, traces):
+        group[incorrect[j]] = trace
     return group
 
 
 def guide_grpo(student, problems, groups):
-    """GRPO (Shao et al. 2024, arXiv 2402.03300): nothing. A failed group stays without signal.
+    """GRPO: nothing. A failed group stays without signal.
 
     >>> guide_grpo(student, [problem], [[wrong] * 4]) == [[wrong] * 4]
     True
@@ -734,72 +434,112 @@ def guide_grpo(student, problems, groups):
 
 
 def guide_luffy(student, problems, groups):
-    """LUFFY (arXiv 2504.14945): one teacher's trace takes slot 0 of every group, failed or not.
+    """LUFFY: the first teacher's trace takes slot 0 of every group, failed or not.
 
     >>> [s.source for s in guide_luffy(student, [problem], [[right] * 4])[0]]
     ['undo', 'student', 'student', 'student']
     """
-    return [(trace := teacher_samples(student, p)[:1]) + group[len(trace):] for p, group in zip(problems, groups)]
+    guided = []
+    for problem, group in zip(problems, groups):
+        trace = teacher_samples(student, problem)[:1]
+        guided.append(trace + group[len(trace):])
+    return guided
 
 
 def guide_ampo(student, problems, groups):
-    """AMPO (arXiv 2510.02227): in a failed group the k traces that the student comprehends best replace k random
-    failures. With the trigger of its second version they fill the group up to half.
+    """AMPO: in a failed group, the k traces that the student comprehends best replace k failures.
 
-    >>> failed, mixed = guide_ampo(student, [problem, problem], [[wrong] * 4, [wrong, right, wrong, wrong]])
-    >>> sorted(s.source for s in failed), {s.source for s in mixed}
-    (['student', 'student', 'undo', 'work'], {'student'})
+    Under --trigger half they fill the group up to half.
+
+    >>> groups = [[wrong, wrong, wrong, wrong], [wrong, right, wrong, wrong]]
+    >>> failed, mixed = guide_ampo(student, [problem, problem], groups)
+    >>> sorted(s.source for s in failed), sorted(s.source for s in mixed)
+    (['student', 'student', 'undo', 'work'], ['student', 'student', 'student', 'student'])
     """
-    for i, group in enumerate(groups):
-        if needs_guidance(group, student.cfg.trigger):
-            k = len(group) // 2 - sum(s.correct for s in group) if student.cfg.trigger == "half" else student.cfg.k
-            groups[i] = swap_in(choose_traces(student, problems[i], k), group)
-    return groups
+    cfg = student.cfg
+    guided = []
+    for problem, group in zip(problems, groups):
+        if needs_guidance(group, cfg.trigger):
+            k = cfg.k
+            if cfg.trigger == "half":
+                k = len(group) // 2 - sum(sample.correct for sample in group)
+            group = swap_in(choose_traces(student, problem, k), group)
+        guided.append(group)
+    return guided
 
 
-def retry(student, problems, groups, message: callable, trigger: str = "fail") -> dict[int, list]:
-    """Fresh rollouts of message(problem) for the groups that need guidance, by their index; without a message, none.
+def sample_again(student, problems, groups, messages, trigger="fail"):
+    """New rollouts for groups that need guidance: {index of a group: rollouts of its message}.
 
-    >>> fresh = retry(student, [problem, problem], [[right, wrong], [wrong, wrong]], lambda p: p.hint)
-    >>> [(i, len(group)) for i, group in fresh.items()]
+    A problem whose message is empty gets none.
+
+    >>> groups = [[right, wrong], [wrong, wrong]]
+    >>> again = sample_again(student, [problem, problem], groups, [problem.hint, problem.hint])
+    >>> [(i, len(group)) for i, group in again.items()]
     [(1, 4)]
     """
-    todo = [i for i, group in enumerate(groups) if needs_guidance(group, trigger) and message(problems[i])]
-    return dict(zip(todo, rollout(student, [problems[i] for i in todo], [message(problems[i]) for i in todo])))
+    todo = []
+    for i, group in enumerate(groups):
+        if messages[i] and needs_guidance(group, trigger):
+            todo.append(i)
+    rollouts = rollout(student, [problems[i] for i in todo], [messages[i] for i in todo])
+    return dict(zip(todo, rollouts))
 
 
 def guide_guide(student, problems, groups):
-    """Guide (arXiv 2506.13923): rollouts of a failed group's hinted message train the plain prompt. Their old_logps are
-    the sampler's under the hint, so that their ratio is π(·|q) / π_old(·|q,hint). They replace the group (code) or join
-    it (paper, by third-party accounts).
+    """Guide: rollouts of a failed group's hinted message train the plain prompt.
 
-    >>> hinted = guide_guide(student, [problem], [[wrong] * 4])[0]
+    Their old_logps stay those under the hint: their ratio is π(·|q) / π_old(·|q, hint). They
+    replace the group (code) or join it (paper, by third-party accounts).
+
+    >>> (hinted,) = guide_guide(student, [problem], [[wrong] * 4])
     >>> {(s.source, s.off_policy, s.prompt == wrong.prompt) for s in hinted}
     {('hint', True, True)}
     """
-    for i, hinted in retry(student, problems, groups, lambda p: p.hint, student.cfg.trigger).items():
-        hinted = [replace(s, prompt=groups[i][0].prompt, off_policy=True, source="hint") for s in hinted]
-        groups[i] = hinted if student.cfg.follow == "code" else groups[i] + hinted
-    return groups
-
-
-LEAD = "\n The following text is the beginning part of the answer, which you can refer to for solving the problem:\n"
+    hints = [problem.hint for problem in problems]
+    again = sample_again(student, problems, groups, hints, student.cfg.trigger)
+    guided = list(groups)
+    for i, hinted in again.items():
+        prompt = prompt_of(student, problems[i])
+        hinted = [replace(s, prompt=prompt, off_policy=True, source="hint") for s in hinted]
+        if student.cfg.follow == "paper":
+            hinted = groups[i] + hinted
+        guided[i] = hinted
+    return guided
 
 
 def guide_ghpo(student, problems, groups):
-    """GHPO (arXiv 2507.10628): show more and more of the solution until a fresh group has a success, and train that
-    group on the prompt it was sampled with. (The official code rebuilds the prompts of groups rescued earlier: a bug,
-    not copied.)
+    """GHPO: show more and more of the solution until a new group has a success.
 
-    >>> rescued = guide_ghpo(student, [problem], [[wrong] * 4])[0]
-    >>> {(s.source, s.off_policy, s.prompt == wrong.prompt) for s in rescued}, any(s.correct for s in rescued)
-    ({('hint', False, False)}, True)
+    It is trained on the prompt it was sampled with (Eq. 1). So is one that fails to the end: it
+    can still learn the format (code).
+
+    >>> (rescued,) = guide_ghpo(student, [problem], [[wrong] * 4])
+    >>> {(s.source, s.off_policy, s.prompt == wrong.prompt) for s in rescued}
+    {('hint', False, False)}
     """
-    for omega in (0.25, 0.5, 0.75):
-        begun = lambda p: p.solution and p.question + LEAD + p.solution[:round(len(p.solution) * omega)]
-        for i, hinted in retry(student, problems, groups, begun).items():
-            if not needs_guidance(hinted): groups[i] = [replace(s, source="hint") for s in hinted]
-    return groups
+    guided = list(groups)
+    for share in GHPO_SHARES:
+        messages = [solution_prefix(problem, share) for problem in problems]
+        for i, hinted in sample_again(student, problems, guided, messages).items():
+            if share == GHPO_SHARES[-1] or not needs_guidance(hinted):
+                guided[i] = [replace(sample, source="hint") for sample in hinted]
+    return guided
+
+
+GHPO_SHARES = (0.25, 0.5, 0.75)  # ω: how much of the solution is shown
+GHPO_LEAD = (
+    "\n The following text is the beginning part of the answer, "
+    "which you can refer to for solving the problem:\n"
+)
+
+
+def solution_prefix(problem, share):
+    """GHPO's message: the question and the first share of its solution; empty without one."""
+    if not problem.solution:
+        return ""
+    prefix = problem.solution[:round(share * len(problem.solution))]
+    return problem.question + GHPO_LEAD + prefix
 
 
 def guide_sft(student, problems, groups):
@@ -811,358 +551,1571 @@ def guide_sft(student, problems, groups):
     return [teacher_samples(student, problem) for problem in problems]
 
 
-@dataclass(frozen=True)
-class Method:
-    """All that a method changes; the rest of this file is shared."""
-
-    guide: callable                 # (student, problems, groups) -> groups
-    needs: str = ""                 # the field of Problem that it lives on
-    rollouts: bool = True
-    clipped: bool = True            # LUFFY leaves its on-policy ratio unclipped
-    measured_gamma: bool = False    # Guide: γ is the 90th percentile of the guided ratio
-    advantages: callable = group_advantages
-    objective: callable = policy_objective
-
-
 METHODS = {
-    "grpo": Method(guide_grpo), "ampo": Method(guide_ampo, "teachers"),
-    "luffy": Method(guide_luffy, "teachers", clipped=False), "ghpo": Method(guide_ghpo, "solution"),
-    "guide": Method(guide_guide, "hint", measured_gamma=True),
-    "sft": Method(guide_sft, "teachers", rollouts=False, advantages=lambda rewards, follow: torch.ones_like(rewards),
-                  objective=lambda logps, *_: logps)}
+    "grpo": Method(guide_grpo, "grpo"),
+    "luffy": Method(guide_luffy, "luffy", needs="teachers"),
+    "ampo": Method(guide_ampo, "ampo", needs="teachers"),
+    "guide": Method(guide_guide, "guide", needs="hint", measured_gamma=True),
+    "ghpo": Method(guide_ghpo, "ghpo", needs="solution"),
+    "sft": Method(guide_sft, "ampo", needs="teachers", rollouts=False, imitates=True),
+    "rl_sft": Method(guide_luffy, "luffy", needs="teachers", imitates=True),
+}
+
+RECIPES = {
+    #                          std    average      clip_eps  right format entropy
+    ("grpo", "paper"):  Recipe(True,  "responses", 0.2,      1.0,  0.0,   0.0),
+    ("luffy", "code"):  Recipe(False, "constant",  math.inf, 1.0,  0.0,   0.001),
+    ("luffy", "paper"): Recipe(False, "tokens",    math.inf, 1.0,  0.0,   0.01),
+    ("ampo", "code"):   Recipe(False, "constant",  0.2,      0.9,  0.1,   0.001, trace_reward=1.0),
+    ("ampo", "paper"):  Recipe(True,  "split",     0.2,      0.9,  0.1,   0.001, trace_reward=1.0),
+    ("guide", "code"):  Recipe(True,  "responses", 0.2,      1.0,  0.0,   0.0),
+    ("ghpo", "code"):   Recipe(True,  "groups",    0.2,      1.0,  0.5,   0.0,   std_eps=1e-4),
+}
 
 
-# =====================================================================================================================
-# §8 The loop
+def choose_recipe(cfg):
+    """The row of RECIPES that a run follows. Raises InputError where there is none.
+
+    --recipe unset: the method's own. --follow unset: code where it has such a row, else paper.
+    """
+    method = METHODS[cfg.method]
+    name = cfg.recipe or method.recipe
+    follow = cfg.follow or ("code" if (name, "code") in RECIPES else "paper")
+    if (name, follow) not in RECIPES:
+        known = ", ".join(" ".join(row) for row in RECIPES)
+        raise InputError(f"--recipe {name} --follow {follow}: not one of {known}")
+    recipe = RECIPES[name, follow]
+    if cfg.clip_eps is not None:
+        recipe = replace(recipe, clip_eps=cfg.clip_eps)
+    if cfg.entropy_coef is not None:
+        recipe = replace(recipe, entropy_coef=cfg.entropy_coef)
+    if not method.rollouts:
+        recipe = replace(recipe, entropy_coef=0.0)  # SFT is the likelihood alone
+    return recipe
 
 
-def gather(value) -> list:
-    """The value of every process under torchrun, in the order of ranks; alone, just this one's."""
-    if not dist.is_initialized(): return [value]
-    dist.all_gather_object(values := [None] * dist.get_world_size(), value)
-    return values
+# =================================================================================================
+# §4 One training step
+
+
+def train_step(student, optimizer, problems):
+    """problems -> rollouts -> verdicts -> guidance -> advantages -> updates.
+
+    Returns the metrics of the step.
+    """
+    method = student.method
+    student.tokens_sampled = 0
+    start = time.perf_counter()
+
+    rollouts = [[] for _ in problems]
+    if method.rollouts:
+        rollouts = rollout(student, problems, [problem.question for problem in problems])
+    sampled = time.perf_counter()
+
+    groups = method.guide(student, problems, rollouts)
+    guided = time.perf_counter()
+
+    groups = add_advantages(student, groups)
+    updates = []
+    for minibatch in chunks(groups, math.ceil(len(groups) / student.cfg.num_minibatches)):
+        updates.append(update(student, optimizer, minibatch))
+    end = time.perf_counter()
+
+    return step_metrics(rollouts, groups, updates) | {
+        "rollout_s": sampled - start,
+        "guide_s": guided - sampled,
+        "update_s": end - guided,
+        "tokens": student.tokens_sampled,
+    }
+
+
+def encode(tokenizer, text):
+    """Token ids of a text, without those that the tokenizer would put around it."""
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def encode_prompt(tokenizer, question, system=""):
+    """Token ids of a user message in the model's own chat template, up to where it answers."""
+    messages = [{"role": "user", "content": question}]
+    if system:
+        messages = [{"role": "system", "content": system}] + messages
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+
+
+def prompt_of(student, problem, message=""):
+    """The prompt of a problem: of its question, or of another message in its place."""
+    system = problem.system or student.cfg.system
+    return encode_prompt(student.tokenizer, message or problem.question, system)
+
+
+def verdict(recipe, problem, text):
+    """Is a response correct, and what is its reward?
+
+    >>> texts = ["8-2=6 \\\\boxed{6/4}", "8-2=6 \\\\boxed{6}", "8-2=6"]
+    >>> [verdict(student.recipe, problem, text) for text in texts]
+    [(True, 1.0), (False, 0.1), (False, 0.0)]
+    """
+    correct = verify(text, problem.answer, problem.question)
+    reward = recipe.right_reward * correct
+    if recipe.format_reward:
+        reward += recipe.format_reward * gives_answer(text, problem.answer, problem.question)
+    return correct, reward
+
+
+def rollout(student, problems, messages):
+    """G verified rollouts of each message. Adds their tokens to student.tokens_sampled.
+
+    They train on the prompt they were sampled with. --cache_tokens says how many share a pass.
+
+    >>> (group,) = rollout(student, [problem], [problem.question])
+    >>> len(group), group[0].prompt == encode_prompt(student.tokenizer, problem.question)
+    (4, True)
+    """
+    cfg = student.cfg
+    prompts = [prompt_of(student, *pair) for pair in zip(problems, messages)]
+    longest = max([len(prompt) for prompt in prompts], default=0) + cfg.max_new_tokens
+    size = max(1, cfg.cache_tokens // (cfg.group_size * longest))
+    responses = []
+    for part in chunks(prompts, size):
+        responses += student.generate(
+            student.rollout_model, part, cfg.group_size, cfg.max_new_tokens, cfg.temperature,
+            student.eos,
+        )
+    groups = []
+    for problem, prompt, pairs in zip(problems, prompts, responses):
+        group = []
+        for ids, logps in pairs:
+            text = student.tokenizer.decode(ids, skip_special_tokens=True)
+            correct, reward = verdict(student.recipe, problem, text)
+            group.append(Sample(prompt, ids, logps, text, correct, reward))
+        groups.append(group)
+    student.tokens_sampled += tokens_of(flatten(groups))
+    return groups
+
+
+def add_advantages(student, groups):
+    """The groups with the advantages of each sample, one a token."""
+    cfg = student.cfg
+    recipe = student.recipe
+    done = []
+    for group in groups:
+        imitated = []
+        if student.method.imitates:
+            imitated = [sample for sample in group if sample.off_policy]
+            group = [sample for sample in group if not sample.off_policy]
+        if cfg.advantage == "gae":
+            group = with_gae(student, group)
+        elif group:
+            rewards = torch.tensor([[sample.reward for sample in group]])        # (1, G)
+            advantages = group_advantages(rewards, recipe.std, recipe.std_eps)[0].tolist()
+            group = [with_advantage(sample, a) for sample, a in zip(group, advantages)]
+        done.append(group + [with_advantage(sample, 1.0) for sample in imitated])
+    return done
+
+
+def with_advantage(sample, advantage):
+    """The sample with the same advantage for all its tokens."""
+    return replace(sample, advantages=[advantage] * len(sample.ids))
 
 
 @torch.no_grad()
-def set_advantages(student: Student, groups: list[list[Sample]]):
-    """One advantage a token: the response's over its group, or the value head's GAE."""
-    cfg, method = student.cfg, METHODS[student.cfg.method]
-    for group in filter(None, groups):
-        advantages = method.advantages(torch.tensor([[sample.reward for sample in group]]), cfg.follow)[0].tolist()
-        for sample, advantage in zip(group, advantages): sample.advantages = [advantage] * len(sample.ids)
-    for batch in micro_batches(sum(groups, []), cfg.micro_tokens) if cfg.advantage == "gae" else []:
-        _, mask, _, values = score_samples(student, batch)
-        advantages = gae(values, torch.tensor([s.reward for s in batch], device=values.device), mask, cfg.lam)
-        for s, a, v in zip(batch, advantages.tolist(), values.tolist()):
-            s.advantages, s.values = a[:len(s.ids)], v[:len(s.ids)]
+def with_gae(student, group):
+    """The PPO form of Guide: advantages from the value head, by GAE."""
+    done = []
+    for batch in micro_batches(group, student.cfg.micro_tokens):
+        _, mask, _, values = score_samples(student, batch)                       # (B, T)
+        rewards = torch.tensor([sample.reward for sample in batch]).to(values)   # (B,)
+        advantages = gae(values, rewards, mask, student.cfg.gae_lambda)
+        for sample, a, v, keep in zip(batch, advantages, values, mask):
+            sample = replace(sample, advantages=a[keep].tolist(), old_values=v[keep].tolist())
+            done.append(sample)
+    return done
 
 
-def value_loss(values, old_values, advantages, clip: float):
-    """Half the squared error of the value head against GAE's returns, and no less than if the values had moved by at
-    most `clip` (customary in PPO, though not in its paper); all (B, T)."""
-    returns, clipped = old_values + advantages, old_values + (values - old_values).clamp(-clip, clip)
-    return torch.max((values - returns) ** 2, (clipped - returns) ** 2) / 2
-
-
-def set_weights(samples: list[Sample], cfg: Config):
-    """What each token counts in one whole update, so that the gradient cannot depend on the micro-batches.
-
-    code:   1 / (sequences · longest response allowed), on- and off-policy alike
-    paper:  off-policy a mean over responses of their means, on-policy a mean over all tokens (AMPO Eq. 7)
-    """
-    own = len(samples), sum(s.off_policy for s in samples), sum(len(s.ids) for s in samples if not s.off_policy)
-    count, off, on_tokens = map(sum, zip(*gather(own)))  # of all processes
-    for s in samples:
-        paper = off * len(s.ids) if s.off_policy else on_tokens
-        s.weights = [1 / (count * cfg.max_new_tokens if cfg.follow == "code" else paper)] * len(s.ids)
-
-
-def micro_batches(samples: list[Sample], budget: int) -> list[list[Sample]]:
+def micro_batches(samples, budget):
     """Longest first, as many samples together as keep rows · longest within `budget` tokens."""
-    size, batches = lambda sample: len(sample.prompt) + len(sample.ids), []
+    def size(sample):
+        return len(sample.prompt) + len(sample.ids)
+
+    batches = []
     for sample in sorted(samples, key=size, reverse=True):
-        if not batches or (len(batches[-1]) + 1) * size(batches[-1][0]) > budget: batches.append([])
+        if not batches or (len(batches[-1]) + 1) * size(batches[-1][0]) > budget:
+            batches.append([])
         batches[-1].append(sample)
     return batches
 
 
-def score_samples(student: Student, batch: list[Sample]):
-    """score() of a micro-batch on the prompts it trains on."""
-    critic = student.critic if student.cfg.advantage == "gae" else None
-    return score(student.model, [s.prompt for s in batch], [s.ids for s in batch], student.cfg.temperature, critic)
+def score_samples(student, batch):
+    """score() of a micro-batch on the prompts it trains on: logps, mask, entropy, values."""
+    prompts = [sample.prompt for sample in batch]
+    responses = [sample.ids for sample in batch]
+    value_head = student.value_head if student.cfg.advantage == "gae" else None
+    return score(student.model, prompts, responses, student.cfg.temperature, value_head)
 
 
-def columns(student: Student, batch: list[Sample], names: str) -> list:
-    """Per-token fields of all samples, each as a padded tensor (B, T)."""
-    return [pad([getattr(sample, name) for sample in batch], student.model.device)[0] for name in names.split()]
+def update(student, optimizer, groups):
+    """One optimizer step on whole groups. Returns grad_norm and sums over on-policy tokens.
+
+    A sample without advantage has no gradient but that of the entropy bonus. Without a bonus it is
+    left out before it costs a forward pass. Where no sample has an advantage, nothing moves: Adam
+    would make full steps out of the bonus alone.
+    """
+    cfg = student.cfg
+    recipe = student.recipe
+    samples = []
+    for group, weights in zip(groups, token_weights(groups, recipe, cfg.max_new_tokens)):
+        for sample, weight in zip(group, weights):
+            samples.append(replace(sample, weight=weight))
+    with_signal = [sample for sample in samples if any(sample.advantages)]
+    if recipe.entropy_coef == 0 or not with_signal:
+        samples = with_signal
+    gamma = cfg.gamma
+    if student.method.measured_gamma:
+        gamma = guided_gamma(student, with_signal)
+    entropy_weight = recipe.entropy_coef / max(1, tokens_of(samples))
+    sums = Counter()
+    student.model.train(cfg.gradient_checkpointing)  # which needs this mode; dropout is off
+    for batch in micro_batches(samples, cfg.micro_tokens):
+        loss, batch_sums = batch_loss(student, batch, gamma, entropy_weight)
+        loss.backward()
+        sums.update(batch_sums)
+    student.model.eval()
+    if samples:
+        sums["grad_norm"] = optimizer_step(student, optimizer)
+    return sums
 
 
 @torch.no_grad()
-def guided_gamma(student: Student, samples: list[Sample]) -> float:
-    """γ of Guide (arXiv 2506.13923): the 90th percentile of the guided tokens' ratio in this update, at least 1e-4,
-    over response tokens only: the official code forgets the mask and takes in the padding, whose ratio is 1."""
-    ratios = [torch.zeros(0)]
+def guided_gamma(student, samples):
+    """γ of Guide: the 90th percentile of the guided tokens' ratio in this update, at least 1e-4.
+
+    Over response tokens alone: the official code takes in the padding as well.
+    """
+    ratios = []
     for batch in micro_batches([s for s in samples if s.off_policy], student.cfg.micro_tokens):
-        logps, mask, _, _ = score_samples(student, batch)
-        ratios.append((logps - columns(student, batch, "old_logps")[0])[mask].exp().cpu())
-    ratios = torch.cat(gather(torch.cat(ratios)))
-    return max(1e-4, ratios.quantile(0.9).item()) if len(ratios) else student.cfg.gamma
+        logps, mask, _, _ = score_samples(student, batch)                        # (B, T)
+        old_logps, _ = pad([sample.old_logps for sample in batch], logps.device)
+        ratios.append((logps - old_logps)[mask].exp())
+    if not ratios:
+        return student.cfg.gamma
+    return max(1e-4, torch.cat(ratios).quantile(0.9).item())
 
 
-def update(student: Student, optimizer, samples: list[Sample]) -> dict:
-    """One optimizer step on whole groups; returns its grad_norm and sums over all its micro-batches.
+def batch_loss(student, batch, gamma, entropy_weight):
+    """The loss of one micro-batch, and sums over its on-policy tokens for the log."""
+    cfg = student.cfg
+    clip_eps = student.recipe.clip_eps
+    logps, mask, entropy, values = score_samples(student, batch)                 # (B, T)
+    device = logps.device
+    old_logps, _ = pad([sample.old_logps for sample in batch], device)           # (B, T)
+    advantages, _ = pad([sample.advantages for sample in batch], device)         # (B, T)
+    weights = torch.tensor([sample.weight for sample in batch], device=device)   # (B,)
+    off_policy = torch.tensor([sample.off_policy for sample in batch], device=device)
+    shaping = "log" if student.method.imitates else cfg.shaping
+    objective = policy_objective(
+        logps, old_logps, advantages, off_policy, clip_eps, gamma, shaping
+    )
+    if values is not None:
+        old_values, _ = pad([sample.old_values for sample in batch], device)
+        objective = objective - value_loss(values, old_values, advantages, clip_eps)
+    loss = -(weights[:, None] * mask * objective).sum() - entropy_weight * entropy.sum()
 
-    Samples without advantage are dropped before they cost a forward pass; if none is left, nothing moves.
+    log_ratio = (logps.detach() - old_logps)[mask & ~off_policy[:, None]]
+    clipped = (log_ratio.exp() - 1).abs() > clip_eps
+    gap = log_ratio.abs().sum().item()
+    return loss, {"tokens": len(log_ratio), "clipped": clipped.sum().item(), "gap": gap}
+
+
+def optimizer_step(student, optimizer):
+    """Clip the gradient at norm 1 and move the weights. Returns the norm that it had.
+
+    A gradient that is not finite moves nothing.
     """
-    cfg, method, device = student.cfg, METHODS[student.cfg.method], student.model.device
-    set_weights(samples, cfg)
-    samples, parameters = [s for s in samples if any(s.advantages)], optimizer.param_groups[0]["params"]
-    gamma = guided_gamma(student, samples) if method.measured_gamma else cfg.gamma
-    clip, entropy_coef = cfg.clip if method.clipped else math.inf, cfg.entropy_coef if method.rollouts else 0
-    stats = {"grad_norm": 0.0, "tokens": 0, "clipped": 0, "gap": 0.0}
-    for batch in micro_batches(samples, cfg.micro_tokens):
-        logps, mask, entropy, values = score_samples(student, batch)  # (B, T)
-        old_logps, advantages, weights, old_values = columns(student, batch, "old_logps advantages weights values")
-        off_policy = torch.tensor([s.off_policy for s in batch], device=device)  # (B,)
-        objective = method.objective(logps, old_logps, advantages, off_policy, clip, gamma)
-        loss = 0 if values is None else value_loss(values, old_values, advantages, cfg.clip)
-        (weights * (loss - objective - entropy_coef * entropy)).sum().backward()
-        log_ratio = (logps.detach() - old_logps)[mask & ~off_policy[:, None]]
-        stats["tokens"] += log_ratio.numel()
-        stats["clipped"] += (log_ratio.exp() - 1).abs().gt(cfg.clip).sum().item()
-        stats["gap"] += log_ratio.abs().sum().item()
-    if sum(gather(len(samples))):
-        for p in parameters if dist.is_initialized() else []:  # all processes' gradients
-            if p.grad is None: p.grad = torch.zeros_like(p)
-            dist.all_reduce(p.grad)
-        stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
-        if math.isfinite(stats["grad_norm"]): optimizer.step()
-        else: stats["grad_norm"] = tqdm.write("a gradient is not finite: this update is skipped")  # None
-        optimizer.zero_grad()
-    if student.sampler is not student.model:  # at lr 1e-6 bfloat16 weights would not move: they copy the masters
-        for low, master in zip(student.sampler.parameters(), student.model.parameters()): low.data.copy_(master.data)
-    return stats
+    parameters = optimizer.param_groups[0]["params"]
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+    if math.isfinite(grad_norm):
+        optimizer.step()
+    else:
+        tqdm.write("a gradient is not finite: this update is skipped")
+    optimizer.zero_grad()
+    if student.rollout_model is not student.model:
+        # At lr 1e-6 bfloat16 weights would not move: they are copied from those in float32.
+        for low, high in zip(student.rollout_model.parameters(), parameters):
+            low.data.copy_(high.data)
+    return grad_norm
 
 
-def load_student(path: str, cfg: Config) -> Student:
-    """A causal language model with its tokenizer, from a folder or the hub, on the best device there is."""
-    logging.disable_progress_bar()
-    tokenizer = attempt(f"{path}: no tokenizer in it", AutoTokenizer.from_pretrained, path)
-    model = attempt(f"{path}: no model in it", AutoModelForCausalLM.from_pretrained, path, dtype=torch.float32)
-    attempt(f"{path}: no chat template that works", encode_prompt, tokenizer, "1+1?", cfg.system)
-    # A cache or an output head of another kind would be sampled or scored wrongly, so both are tried. The model stays
-    # in eval mode, as it was loaded: dropout would take the first ratio away from 1.
-    (ids, logps), = attempt(f"{path}: cannot sample from {model.config.model_type}", generate, model, [[0, 1]], 1, 4)[0]
-    agree = torch.allclose(token_logps(model, [[0, 1]], [ids])[0], torch.tensor([logps]), atol=1e-3)
-    refuse(not agree, f"{path}: generate and token_logps disagree about a {model.config.model_type} model")
-    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    # A copy, as the alignment of a mapped file would change the rounding of a run that is resumed.
-    for weight in model.to(device).parameters(): weight.data = weight.data.clone()
-    if cfg.recompute: model.activation_checkpointing_enable()
-    sampler = copy.deepcopy(model).bfloat16() if device == "cuda" else model
-    stops = [tokenizer.eos_token_id] + torch.tensor(model.generation_config.eos_token_id or []).reshape(-1).tolist()
-    for weight in (critic := torch.nn.Linear(model.config.hidden_size, 1).to(device)).parameters(): weight.data.zero_()
-    return Student(model, sampler, tokenizer, critic, [s for s in dict.fromkeys(stops) if s is not None], cfg)
-
-
-def batch_indices(total: int, step: int, cfg: Config) -> list[int]:
-    """The problems of one step out of an endless series of shuffled epochs. A function of the step alone: resuming can
-    neither skip nor repeat one."""
-    first, n = step * cfg.prompts_per_step, cfg.prompts_per_step
-    epochs = range(first // total, (first + n - 1) // total + 1)
-    shuffled = [torch.randperm(total, generator=torch.Generator().manual_seed(cfg.seed * 100003 + e)) for e in epochs]
-    return torch.cat(shuffled)[first % total:first % total + n].tolist()
-
-
-def train_step(student: Student, optimizer, problems: list[Problem], step: int) -> dict:
-    """problems -> rollouts -> verdicts -> guidance -> advantages -> updates. Returns the step's metrics."""
-    cfg, method, clock, student.sampled = student.cfg, METHODS[student.cfg.method], [time.perf_counter()], 0
-    plain = rollout(student, problems, [p.question for p in problems]) if method.rollouts else [[] for _ in problems]
-    clock.append(time.perf_counter())
-    groups = method.guide(student, problems, list(plain)) if step >= cfg.cold_start else plain
-    clock.append(time.perf_counter())
-    set_advantages(student, groups)
-    size = math.ceil(len(groups) / cfg.updates)
-    stats = [update(student, optimizer, sum(groups[i:i + size], [])) for i in range(0, len(groups), size)]
-    clock.append(time.perf_counter())
-    seconds = {name: b - a for name, a, b in zip(("rollout_s", "guide_s", "update_s"), clock, clock[1:])}
-    plain, groups, stats, tokens = (sum(parts, []) for parts in zip(*gather((plain, groups, stats, [student.sampled]))))
-    return {"step": step} | measure(plain, groups, stats) | seconds | {
-        "tokens": sum(tokens), "tokens_per_s": round(sum(tokens) / sum(seconds.values()))}
-
-
-def measure(plain: list[list[Sample]], groups: list[list[Sample]], stats: list[dict]) -> dict:
-    """Metrics of a step. Reward, failures, entropy and length are those of the student's plain rollouts, so that curves
-    compare across methods. The entropy is the mean of -log p over sampled tokens: unbiased, and free."""
-    mean = lambda values: sum(values) / len(values) if values else None
-    own, norms = sum(plain, []), [s["grad_norm"] for s in stats]
-    sources = [s.source for s in sum(groups, []) if s.source not in ("student", "hint")]
-    failed = [needs_guidance(group) for group in plain if group]
-    return {"reward": mean([s.reward for s in own]), "fail_rate": mean(failed),
-            "rescued": mean([f and not needs_guidance(group) for f, group in zip(failed, groups)]),
-            "entropy": mean([-p for s in own for p in s.old_logps]), "response_length": mean([len(s.ids) for s in own]),
-            "grad_norm": None if None in norms else mean(norms), "teachers": dict(Counter(sources)),
-            "clip_fraction": sum(s["clipped"] for s in stats) / max(1, sum(s["tokens"] for s in stats)),
-            "logp_gap": stats[0]["gap"] / max(1, stats[0]["tokens"])}  # sampler against trainer, before any update
-
-
-def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Unbiased chance that one of k samples is right, given `correct` right ones among n: 1 - C(n-c, k) / C(n, k).
-
-    Source: Chen et al. 2021, "Evaluating Large Language Models Trained on Code", Eq. 1. Raises ValueError unless
-    0 <= correct <= n and 1 <= k <= n.
+def step_metrics(rollouts, groups, updates):
+    """Reward, failures, entropy and length are those of the student's plain rollouts, so that
+    curves compare across methods. The entropy is the mean of -log p over sampled tokens: unbiased,
+    and free.
     """
-    if not (0 <= correct <= n and 1 <= k <= n): raise ValueError(f"no estimate for {n=}, {correct=}, {k=}")
-    return 1 - math.comb(n - correct, k) / math.comb(n, k)
+    own = flatten(rollouts)
+    failed = [needs_guidance(group) for group in rollouts if group]
+    rescued = [was and not needs_guidance(group) for was, group in zip(failed, groups)]
+    sources = Counter(sample.source for sample in flatten(groups))
+    total = Counter()
+    for sums in updates:
+        total.update(sums)
+    grad_norm = total["grad_norm"] / len(updates)
+    return {
+        "reward": mean([sample.reward for sample in own]),
+        "fail_rate": mean(failed),
+        "rescued": mean(rescued),
+        "entropy": mean([-logp for logp in flatten([sample.old_logps for sample in own])]),
+        "response_length": mean([len(sample.ids) for sample in own]),
+        "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+        "clip_fraction": total["clipped"] / max(1, total["tokens"]),
+        # sampler against trainer, before any update
+        "logp_gap": updates[0]["gap"] / max(1, updates[0]["tokens"]),
+        "sources": sources,
+    }
 
 
-def evaluate(student: Student, problems: list[Problem], samples: int, temperature: float = 0.6):
-    """-> ({"pass@1", "pass@2", "pass@4" ... "pass@samples", "n" problems, mean "length" in tokens}, the groups).
-
-    Seeded by itself, as each training step is: it neither depends on when it comes nor changes what comes after."""
-    student = replace(student, cfg=replace(student.cfg, group_size=samples, temperature=temperature))
-    torch.manual_seed(student.cfg.seed)
-    groups = rollout(student, problems, [problem.question for problem in problems])
-    right = [sum(sample.correct for sample in group) for group in groups]
-    ks = [2**i for i in range(samples.bit_length())] + [samples]
-    scores = {f"pass@{k}": sum(pass_at_k(samples, c, k) for c in right) / len(right) for k in ks}
-    return scores | {"n": len(right), "length": sum(len(s.ids) for s in sum(groups, [])) / samples / len(right)}, groups
+def mean(values):
+    """The mean of a list; None for an empty one."""
+    if not values:
+        return None
+    return sum(values) / len(values)
 
 
-def report(student: Student, sets: dict[str, list[Problem]], out: Path):
-    """Base against trained model on every evaluation set, and two rollouts each of the problem that gained most."""
-    cfg, base, examples = student.cfg, load_student(student.cfg.model, student.cfg), []
-    ks = [f"pass@{k}" for k in sorted({1, min(8, cfg.samples), cfg.samples})]
-    print(f"\n{'base -> trained, in %':22}" + "".join(f"{k:>18}" for k in ks))
-    for name, problems in sets.items():
-        (was, before), (now, after) = (evaluate(who, problems, cfg.samples) for who in (base, student))
-        print(f"{name:22}" + "".join(f"{100 * was[k]:7.1f} -> {100 * now[k]:5.1f}".rjust(18) for k in ks))
-        examples += zip(problems, before, after)
-    problem, before, after = max(examples, key=lambda e: sum(s.correct for s in e[2]) - sum(s.correct for s in e[1]))
-    print(f"\nProblem: {problem.question}   (answer {problem.answer})")
-    for name, sample in zip(("base", "base", "trained", "trained"), before[:2] + after[:2]):
-        print(f"--- {name}, {'right' if sample.correct else 'wrong'}:\n{sample.text.strip()}")
-    rows = map(json.loads, open(out / "metrics.jsonl"))
-    print("teachers chosen:", dict(sum((Counter(row["teachers"]) for row in rows), Counter()).most_common()) or "none")
+def tokens_of(samples):
+    """The number of response tokens of some samples."""
+    return sum(len(sample.ids) for sample in samples)
 
 
-def save_checkpoint(student: Student, optimizer, step: int, out: Path):
-    """model/ loads with from_pretrained, and holds run.json and state.pt to resume from. It is written under another
-    name and then swapped in, so that a kill at any moment leaves one whole checkpoint: model/, or model.old/."""
-    new, old, model, metrics = out / "model.new", out / "model.old", out / "model", out / "metrics.jsonl"
-    shutil.rmtree(new, ignore_errors=True)
-    for part in (student.model, student.tokenizer): part.save_pretrained(new)
-    torch.save({"optimizer": optimizer.state_dict(), "critic": student.critic.state_dict(), "step": step,
-                "metrics_bytes": metrics.stat().st_size}, new / "state.pt")
-    (new / "run.json").write_text(json.dumps(asdict(student.cfg), indent=1))
-    if model.exists(): shutil.rmtree(old, ignore_errors=True), model.rename(old)
-    new.rename(model), shutil.rmtree(old, ignore_errors=True)
+def flatten(groups):
+    """One list of all that is in a list of lists."""
+    return list(itertools.chain.from_iterable(groups))
 
 
-def restore(student: Student, optimizer, checkpoint: Path, metrics_file: Path) -> int:
-    """Put optimizer and value head back as they were, and forget the metrics of later steps; returns the number of
-    steps done. Random numbers need no saving: each step seeds its own. Raises what the libraries raise."""
-    state = torch.load(checkpoint / "state.pt", weights_only=True)
-    optimizer.load_state_dict(state["optimizer"]), student.critic.load_state_dict(state["critic"])
-    return os.truncate(metrics_file, state["metrics_bytes"]) or state["step"]
+def chunks(items, size):
+    """A list cut into lists of `size` items; the last one may be shorter."""
+    return [items[first:first + size] for first in range(0, len(items), size)]
 
 
-def open_run(cfg: Config, given: dict) -> tuple[Config, Path | None]:
-    """Settle the run's folder and find the checkpoint to go on from. A new run's folder must be empty; --resume takes
-    the flags the run began with, changed by those given now."""
-    out = Path(cfg.out or f"runs/{cfg.method}-{cfg.seed}")
-    refuse(not cfg.resume and (out.is_file() or any(out.glob("*"))), f"--out {out}: is taken; --resume continues it")
-    refuse(cfg.resume and not (out / "metrics.jsonl").exists(), f"--resume: {out} holds no run to continue")
-    saved = [out / name for name in ("model", "model.old") if cfg.resume and (out / name).exists()]
-    if saved: cfg = attempt(f"{saved[0]}: damaged", lambda: Config(**json.loads((saved[0] / "run.json").read_text())))
-    return replace(cfg, **given | {"out": str(out)}), saved[0] if saved else None
+# =================================================================================================
+# §5 Log-probabilities
 
 
-def load_inputs(student: Student):
-    """-> training problems, validation problems, evaluation sets {name: problems}."""
-    cfg, beside, needs = student.cfg, Path(student.cfg.data).parent, METHODS[student.cfg.method].needs
-    problems = load_checked(student, cfg.data)
-    refuse(needs and not any(getattr(p, needs) for p in problems), f"{cfg.data}: no line has the field '{needs}'")
-    paths = [*beside.glob("valid.jsonl"), *beside.glob("test.jsonl"), *sorted(beside.glob("ood_*"))]
-    sets = {path.stem: load_checked(student, path) for path in paths if cfg.eval_every}
-    return problems, sets.pop("valid", []), sets
+def token_logps(model, prompts, responses, temperature=1.0):
+    """log π(token | prompt, response so far) of every response token, in nats, differentiable.
+
+    Returns logps (B, T) and mask (B, T), T the longest response; logps are 0 where the mask is
+    False. `temperature` must be the one sampled at: another one scores another distribution.
+    """
+    logps, mask, _, _ = score(model, prompts, responses, temperature)
+    return logps, mask
 
 
-def load_checked(student: Student, path) -> list[Problem]:
-    """load_problems, which refuses a question that leaves no room for a response in the model's context."""
-    cfg, context = student.cfg, getattr(student.model.config, "max_position_embeddings", math.inf)
-    for p in (problems := load_problems(path)):
-        size = len(encode_prompt(student.tokenizer, p.question, cfg.system)) + cfg.max_new_tokens
-        refuse(size > context, f"{p.where}: field 'question': {size} tokens with --max_new_tokens, not {context}")
+def score(model, prompts, responses, temperature=1.0, value_head=None):
+    """One forward pass -> logps, mask, entropy, values of the response tokens, all (B, T).
+
+    logps and entropy are in nats; all but the mask are 0 where it is False. values[b, t] is what
+    value_head says before token t: it reads the hidden states and does not train them. Without a
+    value_head values are None.
+    """
+    device = model.device
+    ids, _ = pad([prompt + response for prompt, response in zip(prompts, responses)], device)
+    targets, mask = pad(responses, device)                                 # (B, T)
+    with torch.autocast(device.type, torch.bfloat16, enabled=has_bfloat16(device)):
+        # Padding stands on the right, where causal attention never looks back at it: no mask.
+        states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, L, H)
+        parts = []
+        for row, prompt, response in zip(states, prompts, responses):
+            start = len(prompt) - 1  # the state before a token predicts it
+            parts.append(row[start:start + len(response)])
+        hidden = torch.cat(parts)                                          # (response tokens, H)
+        head = model.get_output_embeddings()
+        logps, entropy = read_head(head, hidden, targets[mask], temperature)
+    values = None
+    if value_head is not None:
+        values = unflatten(value_head(hidden.detach().float())[:, 0], mask)
+    return unflatten(logps, mask), mask, unflatten(entropy, mask), values
+
+
+def read_head(head, hidden, targets, temperature):
+    """log p of each target and entropy of its distribution, both (N,), from hidden (N, H).
+
+    The logits of a real vocabulary would fill the memory: they exist for some tokens at a time
+    (64 MB), and the backward pass computes them again.
+    """
+    def read(hidden, targets):
+        all_logps = (head(hidden).float() / temperature).log_softmax(-1)   # (N, V)
+        logps = all_logps.gather(1, targets[:, None])[:, 0]
+        entropy = -(all_logps.exp() * all_logps).sum(-1)
+        return logps, entropy
+
+    size = max(1, 2**24 // head.out_features)
+    parts = []
+    for chunk, chunk_targets in zip(hidden.split(size), targets.split(size)):
+        parts.append(checkpoint(read, chunk, chunk_targets, use_reentrant=False))
+    logps, entropy = zip(*parts)
+    return torch.cat(logps), torch.cat(entropy)
+
+
+def unflatten(values, mask):
+    """values (response tokens,) -> (B, T), 0 where the mask is False."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+def pad(sequences, device, side="right"):
+    """Lists of unequal length -> tensor (B, T) padded with zeros, mask (B, T).
+
+    The mask comes from the lengths: where padding and end token share an id, one made from ids
+    would lose the end.
+    """
+    rows = [torch.tensor(sequence) for sequence in sequences]
+    masks = [torch.ones(len(sequence), dtype=torch.bool) for sequence in sequences]
+    padded = pad_sequence(rows, batch_first=True, padding_side=side)
+    mask = pad_sequence(masks, batch_first=True, padding_side=side)
+    return padded.to(device), mask.to(device)
+
+
+def has_bfloat16(device):
+    """Cards before Ampere compute it by emulation: they stay in float32, as a CPU does."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+# =================================================================================================
+# §6 Sampling with a KV cache
+
+
+@torch.inference_mode()
+def generate(model, prompts, n, max_new_tokens, temperature=1.0, eos_token_id=None):
+    """Sample n responses to every prompt.
+
+    Returns for each prompt n pairs (ids, logps). ids keep their end token when they stopped by
+    themselves; logps (nats) belong to the distribution at `temperature` that ids were drawn from.
+    eos_token_id: an id, a list of ids, or None for no stopping. Temperature 0 takes the likeliest
+    token. data/fast_generate.py has a faster one of the same signature.
+    """
+    if not prompts:
+        return []
+    eos = torch.tensor(token_list(eos_token_id), dtype=torch.long, device=model.device)
+    cache = DynamicCache(config=model.config)
+    ids, mask = pad(prompts, model.device, side="left")    # (P, L): all prompts end together
+    responses = [([], []) for _ in range(len(prompts) * n)]
+    running = list(responses)                              # the response of each row of the batch
+    for t in range(max_new_tokens):
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)  # padding does not count
+        logits = model(
+            input_ids=ids, attention_mask=mask.long(), position_ids=positions[:, -ids.shape[1]:],
+            past_key_values=cache, use_cache=True, logits_to_keep=1,
+        ).logits[:, -1]                                    # (B, V)
+        if t == 0:  # each prompt was read once, and n responses go on from it
+            cache.batch_repeat_interleave(n)
+            logits = logits.repeat_interleave(n, dim=0)
+            mask = mask.repeat_interleave(n, dim=0)
+        tokens, logps = sample_tokens(logits, temperature)  # (B,)
+        for response, token, logp in zip(running, tokens.tolist(), logps.tolist()):
+            response[0].append(token)
+            response[1].append(logp)
+        keep = (~torch.isin(tokens, eos)).nonzero()[:, 0]  # rows that have not ended
+        if len(keep) == 0:
+            break
+        if len(keep) < len(tokens):
+            running = [running[row] for row in keep.tolist()]
+            cache.batch_select_indices(keep)
+        ids = tokens[keep, None]                           # (B, 1)
+        mask = F.pad(mask[keep], (0, 1), value=True)       # (B, L + t + 1)
+    return chunks(responses, n)
+
+
+def sample_tokens(logits, temperature):
+    """Draw one token a row, with its log-probability under the distribution it was drawn from.
+
+    logits (B, V) -> tokens (B,), logps (B,). Temperature 0 is the argmax, whose distribution is
+    a point: log 1 = 0.
+    """
+    if temperature == 0:
+        return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
+    logps = (logits.float() / temperature).log_softmax(-1)                 # (B, V)
+    # Inverse transform: one uniform number a row, where multinomial draws V. It lies in (0, 1],
+    # so that a token of probability 0 is never drawn.
+    cumulative = logps.exp().cumsum(-1)
+    uniform = 1 - torch.rand(len(logits), 1, device=logits.device)
+    tokens = torch.searchsorted(cumulative, uniform * cumulative[:, -1:])
+    return tokens[:, 0], logps.gather(1, tokens)[:, 0]
+
+
+def token_list(ids):
+    """An id, a list of ids or None -> a list."""
+    if ids is None:
+        return []
+    return [ids] if isinstance(ids, int) else list(ids)
+
+
+# =================================================================================================
+# §7 Answer verification
+
+# Stage 1, a table of rules, brings LaTeX down to a small alphabet. Stage 2, a small parser, makes
+# a tree of it. Two expressions are equal when their values agree to 350 bits at random points for
+# their unknowns; two lists, tuples or relations are equal when their parts are.
+
+# One rule a line, in the order in which they are applied:
+# pattern | replacement | example | what all the rules make of it.  ␣ is a space; ‹…› see PARTS.
+RULE_TABLE = r"""
+What stands around an answer
+^\s*\*\*|\*\*\s*$ | | **5** | 5
+(?<!\\)(?:\\[()\[\]]|[$~]) | ␣ | \(1,234\) | 1234
+\\(?:begin|end)\{(?:align|aligned|equation|gathered)\*?\} | | \begin{align}x=1\end{align} | x=1
+&(?==) | | x&=1 | x=1
+\\\\(?=[gl]eq?\b) | \\ | 2x \\le 3 | 2x ≤ 3
+\\text *\{ *\((?:about|approx).*$ | | 8 \text{ (about }\pi^2) | 8
+^(?!.*\bnot?\b)[A-Za-z ,]*\b(?:is|are|has|Answer:) +(?=[-\d\\({\[]|[A-Z]\b) | | The answer is 7. | 7
+
+Numbers
+(?<=\d) *(?:\{,\}|, *\\!|\\[, ]| ) *(?=\d{3}(?![\d/])) | | 11,\! 111{,}000 | 11111000
+‹alone›([1-9]\d?\d?),(\d{3})(?!\d|,\d| *[)\]}]) | \1\2 | 1,234 | 1234
+‹alone›([1-9]\d?\d?),(\d{3}),(\d{3})(?!\d|,\d| *[)\]}]) | \1\2\3 | 1,234,567 | 1234567
+‹alone›([1-9]\d?\d?),(\d{3}),\2,(\d{3})(?![\d,]) | \1\2\2\3 | 11,111,111,100 | 11111111100
+\\\$ *(\d*\.?\d+) | \1"dollar" | \$5 | 5"dollar"
+\\?%|(?<![A-Za-z])(?:percent(?:age)?|pct)\b | % | 5 percent | 5 %
+% *% | ‼ | 5%% | 5‼
+\^ *\{? *\\circ *\}?|\\degree|\bdegrees?\b | ° | 30^{\circ} | 30°
+\.(\d*)\\overline *\{?(\d+)\}? | .\1~\2 | 0.8\overline{3} | 0.8~3
+
+Commands
+\\begin\{(?:[pbB]?matrix|array)\}(?:\{[clr|]*\})? | ⟦( | \begin{matrix}1&2\end{matrix} | ⟦(1,2)⟧
+(?:\\\\)?\s*\\end\{(?:[pbB]?matrix|array)\} | )⟧ | \begin{bmatrix}1\\2\\\end{bmatrix} | ⟦(1),(2)⟧
+\\\\ | ),( | \begin{matrix}1\\2\end{matrix} | ⟦(1),(2)⟧
+\\[,;:!\s]|\\q?quad|\\displaystyle | ␣ | x\,y | x y
+\\(?:left|right|[bB]igg?[lrm]?)(?![a-z])\.? | ␣ | \left( x\right) | ( x )
+(?<![\\\w])[\[](?=[^\[\](),]*\))|(?<![\\\w@])\((?=[^\[\](),]*\]) | ‼ | [5) | ‼5)
+,? *(?:\\(?:text|mbox) *\{ *(?:and|or) *\}|\b(?:and|or)\b|[;&]) *,? | , | 1, \text{ and } 2 | 1,2
+\\(?:times|cdot)(?![a-z])|[×·⋅] | * | 3 \times x | 3 * x
+\\div(?![a-z])|÷ | / | 6 \div x | 6 / x
+[−–] | - | −5 | -5
+\\pm(?![a-z]) | ± | 1\pm x | 1+ x,1+-x
+\\in(?![a-z])|∈|\\equiv|≡ | = | x \in [0,1] | x = [0,1]
+\\leq?(?:slant)?(?![a-z])|<= | ≤ | 2x\le 3 | 2x≤ 3
+\\geq?(?:slant)?(?![a-z])|>= | ≥ | 2x>=3 | 3≤2x
+\\neq?(?![a-z])| != | ≠ | x != 3 | x≠ 3
+\\lt(?![a-z]) | < | 2x \lt 3 | 2x < 3
+\\gt(?![a-z]) | > | 2x\gt3 | 3<2x 
+\\approx | ≈ | \approx 8 | 8
+\\cup(?![a-z]) | ∪ | A\cup B | A∪ B
+\\(?:setminus|backslash) | ∖ | A\setminus B | A∖ B
+\\mathbb *\{?R\}? | (-∞,∞) | \mathbb{R} | (-∞,∞)
+\\infty|\binfinity\b | ∞ | [0,\infty) | [0,∞)
+\\(?:emptyset|varnothing)|\\\{ *\\\} | ∅ | \{\} | ∅
+\\[{]|\\lbrace | ⦃ | \{1\} | ⦃1⦄
+\\[}]|\\rbrace | ⦄ | \{1\} | ⦃1⦄
+\\[dtc]frac | \\frac | \dfrac{1}{x} | \frac{1}{x}
+\\[dt]binom | \\binom | \dbinom{n}{2} | ((n)!/((2)!(n+-(2))!))
+\\lfloor|⌊ | \\floor{ | \lfloor x\rfloor | \floor{ x}
+\\lceil|⌈ | \\ceil{ | \lceil x\rceil | \ceil{ x}
+\\rfloor|\\rceil|[⌋⌉] | } | \lceil x\rceil | \ceil{ x}
+\\lvert(.*?)\\rvert | \\abs{\1} | \lvert x\rvert | \abs{ x}
+√ | \\sqrt | √7 | \root{1÷2}7
+(?<![A-Za-z\\])(sqrt|pi|a?(?:rc)?(?:sin|cos|tan)|ln|log|exp)(?![A-Za-z]) | \\\1 | 2*pi*r | 2*π*r
+\\pi(?![a-z]) | π | 2\pi r | 2π r
+\\arc(?=[sct]) | \\a | \arcsin x | \asin x
+\\p?mod *\{?(\d+)\}?|\(mod (\d+)\) | ␣"mod \1\2" | x \equiv 5 \pmod{17} | x = 5  "mod 17"
+
+Words: what is in quotes is one token, so that its letters do not commute
+(?<=[\d)}]) *\\(?:text|mbox|mathrm) *\{ *([msghLNJWVAKC])\} | "\1" | 6\text{ m} | 6"m"
+\\(?:text\w*|mbox|mathrm) *\{ *([A-Za-z]{2,3}) *\} | "\1" | \text{tea} | "tea"
+\\(?:text\w*|mbox|mathrm) *\{ *([A-Za-z]+/[A-Za-z]+(?:\^\d)?) *\} | "\1" | 3\text{ m/s} | 3"m/s"
+\\(?:text\w*|mbox|mathrm|mathbf|mathbb|operatorname|boxed) *\{([^{}]*)\} | ␣\1␣ | \text{(C)} | (C)
+\b0?(\d\d?) *: *(\d\d)\b | \1:\2 | 05\!:\!00 | 5:00
+(:\d\d) *"?([AaPp])\.? ?[Mm]\b\.?"? | \1"\2m" | \text{4:30 p.m.} | 4:30"pm"
+([\w.]+) *: *([\w.]+) *: *([\w.]+)(?! *:) | (\2/\1,\3/\1) | 1:2:3 | ({2÷1},{3÷1})
+:[^,:=]*: | ‼ | (x+1):2:3 | (x+1)‼3
+(?<!\d):|:(?!\d\d(?!\d)) | / | 3:4 | {3÷4}
+(?<![A-Za-z\\"])([A-Za-z]{4,}|[A-Z][a-z]{2})(?![A-Za-z]) | "\1" | Tea room | "Tea room"
+(?<![A-Za-z\\"])(yes|no|not|odd|red|one|two|six|ten)(?![A-Za-z]) | "\1" | yes | "yes"
+(?<![A-Za-z\\"])(per|day|sq|ft|lb|oz|in|hr|min|sec|cm|[kmg][glm])(?![A-Za-z]) | "\1" | 3cm | 3"cm"
+(?<![\w\\")}])(?<![\d)}] )((?:(?:[A-Za-z]{2,3}|[aAI]) +){1,5})" | "\1 | A sad story | "A sad story"
+(?<=") *((?: [A-Za-z]{2,3}){1,5})(?![A-Za-z(]) | "\1" | does not exist | "does not exist"
+" *" | ␣ | all the integers | "all the integer"
+(?<=[a-z]{3})s" | " | 3 cows | 3 "cow"
+(?<=[\d})]) *"[^"]*\b(?:[mb]illion|thousand|hundred|dozen|hal[fv]e?)\b[^"]*" | ‼ | 5 dozen | 5‼
+(?<=[\d})]) *"[^"]*\b(?:third|quarter|fourth|fifth|tenth|squared|cubed)\b[^"]*" | ‼ | 5 thirds | 5‼
+(?<=[\d})]) *"[^"]*\b(?:plus|minus|time|over|not?)\b[^"]*" | ‼ | 5 minus one | 5‼
+" *\^ *\{?(-?\d+)\}? | ^\1" | 3 cm^2 | 3 "cm^2"
+" *([/*]) *" | \1 | 30 km/hr | 30 "km/hr"
+^\s+|[.,;\s]+$ | | 5. | 5
+
+Names, functions, fractions and powers of ten
+\^ *\{? *\\prime *\}? | ' | y^{\prime} | y'
+\s*_ *(\\[A-Za-z]+|[^\W_]) | _{\1} | \theta _1 | \theta_{1}
+\\(?:angle|triangle) *(?=[A-Z]) | | \angle ABC | ABC
+[|]([A-Z]{2,})[|] | \1 | |AB| | AB
+⦃ *(\w) *(?:=[^⦃⦄|/]*)?(?:[|/]|\\mid)([^⦃⦄]*[=<≤>≥][^⦃⦄]*)⦄ | \2 | \{x|x<1\} | x=(-∞,1)
+[|]([^|]+)[|] | \\abs{\1} | |x| | \abs{x}
+\{([^{}]*)\\over([^{}]*)\} | \\frac{\1}{\2} | {1\over x} | \frac{1}{ x}
+\\(frac|binom) *(\w) | \\\1{\2} | \frac1x | \frac{1}{x}
+\\(frac|binom) *(\{[^{}]*\}) *(\w) | \\\1\2{\3} | \frac1{72} | {1÷72}
+\\binom\{([^{}]*)\} *\{([^{}]*)\} | ((\1)!/((\2)!(\1-(\2))!)) | \binom n2 | ((n)!/((2)!(n+-(2))!))
+\\frac *\{ *(-?)(\d+) *\} *\{ *(\d+) *\} | {\1\2÷\3} | \frac{3}{4} | {3÷4}
+\\frac *\{ *(\d+) *\} *\{ *- *(\d+) *\} | {-\1÷\2} | \frac{3}{-4} | {-3÷4}
+(?<![\d.^_/})])(\d+) */ *(\d+)(?![\d.^!(/]) | {\1÷\2} | 1/2x | {1÷2}x
+(?<![\w@}])\((\d+)\)/\((\d+)\) | {\1÷\2} | (3)/(4) | {3÷4}
+(?<![\d.^_/}])(\d+) *\{(\d+÷\d+)\} | {\1&\2} | 1\frac{3}{4} | {1&3÷4}
+\*\* | ^ | x**2 | x^2
+!\s*!|\\(?:sum|prod|int|lim)(?![a-z])|\\frac *\{ *d *\} *\{ *d | ‼ | n!! | n‼
+(?<![\d._^])10 *\^ *([+-]?\d{1,3})(?!\d) | 10^{\1} | 6*10^3 | 6e3
+(?<![\d.^_])(\d*\.?\d+) *\* *10 *\^ *\{ *([+-]?\d{1,3}) *\} | \1e\2 | 6\times10^{23} | 6e23
+(?<![\d._^])10 *\^ *\{ *([+-]?\d{1,3}) *\} | 1e\1 | 10^3 | 1e3
+\\sqrt *\[ *(\d+) *\] | \\root{1÷\1} | \sqrt[3]{x} | \root{1÷3}{x}
+\\sqrt *\[([^\[\]]*)\] | \\root{1/{\1}} | \sqrt[n]{x} | \root{1/{n}}{x}
+\\sqrt(?![a-z]) | \\root{1÷2} | \sqrt3 | \root{1÷2}3
+\\(sin|cos|tan) *\^ *\{?-1\}? | \\a\1 | \sin^{-1}(x) | \asin(x)
+\\(sin|cos|tan|cot|sec|csc|ln) *\^ *(\d|\{[^{}]*\}) | \\root{\2}\\\1 | \sin^2 x | \root{2}\sin x
+\\log *_\{e\} | \\ln | \log_e x | \ln x
+\\log *_\{([^{}]*)\} | \\root{-1}\\ln{\1}\\ln | \log_2 8 | \root{-1}\ln{2}\ln 8
+\\(?:log|lg)(?![a-z]) | \\root{-1}\\ln{10}\\ln | \log x | \root{-1}\ln{10}\ln x
+\\exp(?![a-z]) | e^ | \exp(x) | e^(x)
+
+Structure
+(?<![A-Za-z])([fghuFGH])\^\{?-1\}?(?= *\() | \1⁻ | f^{-1}(x) | f⁻@(x)
+(?<![A-Za-z\\])((?:[fghuFGH]|\\[Pp][hs]i)['⁻]*(?:_\{\w+\})?) *(?=\() | \1@ | f(x+1) | f@(x+1)
+(?<![A-Za-z\\])([^\W\d_eiπ]'*(?:_\{\w+\})?) *(?=\((?:-?\d+|\w|[^()]*,[^()]*)\)) | \1@ | I(0) | I@(0)
+([(\[])([^][(),]+),([^][(),]+[)\]]) *∖ *⦃([^,⦃⦄]+)⦄ | \1\2,\4)∪(\4,\3 | [0,4)∖\{1\} | [0,1)∪(1,4)
+^ *≈ * | | \approx 8 | 8
+^( *\w) *≈ | \1= | x \approx 8 | x= 8
+≈[^,]* | | \sqrt2\approx 1.4 | \root{1÷2}2
+(?:^|(?<=[,⦃]))([^,⦃⦄()\[\]±]*)±([^,⦃⦄]*) | \1+\2,\1-\2 | x\pm 1 | x+ 1,x+-1
+(?:^|(?<=[(\[{⦃,=<≤])) *\+ * | | \pm 1 | 1,- 1
+(?<=[\w)}\]!%°"'⦄⟧])(?<!\d[eE]) *- * | +- | x - 1 | x+-1
+
+An unknown stands on the left, and an inequality in one unknown is its interval
+^ *([-\d.÷{}]+) *=‹label›$ | \2=\1 | 2=x | x=2
+‹first›>‹side›>‹side› | \3<\2<\1 | 3>x>2 | x=(2,3)
+‹first›>‹side›≥‹side› | \3≤\2<\1 | 3>x\ge2 | x=[2,3)
+‹first›≥‹side›>‹side› | \3<\2≤\1 | 3\ge x>2 | x=(2,3]
+‹first›≥‹side›≥‹side› | \3≤\2≤\1 | 3\ge x\ge2 | x=[2,3]
+‹first›>‹side› | \2<\1 | 2x>6 | 6<2x
+‹first›≥‹side› | \2≤\1 | 2x\ge6 | 6≤2x
+‹first›<‹label›<‹side› | \2=(\1,\3) | 1<x<2 | x=(1,2)
+‹first›<‹label›≤‹side› | \2=(\1,\3] | 1<x\le2 | x=(1,2]
+‹first›≤‹label›<‹side› | \2=[\1,\3) | 1\le x<2 | x=[1,2)
+‹first›≤‹label›≤‹side› | \2=[\1,\3] | 1\le x\le2 | x=[1,2]
+(?<![^,])‹label›<‹side›(?=,|$) | \1=(-∞,\2) | x<3 | x=(-∞,3)
+(?<![^,])‹label›≤‹side›(?=,|$) | \1=(-∞,\2] | x\le3 | x=(-∞,3]
+‹first›<‹label›(?=,|$) | \2=(\1,∞) | x>3 | x=(3,∞)
+‹first›≤‹label›(?=,|$) | \2=[\1,∞) | x\ge3 | x=[3,∞)
+"""
+PARTS = {
+    "‹alone›": r"(?<![\d.,(\[{])(?<![(\[{]-)",  # not in brackets, where a comma separates
+    "‹first›": r"(?<![^,])\s*([^<≤>≥=≠,∪|⦃⦄]+)",  # (?<![^,]): at the start, or after a comma
+    "‹side›": r"\s*([^<≤>≥=≠,∪|⦃⦄]+)",
+    "‹label›": r"\s*((?:\\[A-Za-z]+|[A-Z]{2,}|[A-Za-z])(?:_\{[^{}]*\})?(?:@\([^()]*\))?)\s*",
+}
+RULES = []
+for row in RULE_TABLE.splitlines():
+    for name in PARTS:
+        row = row.replace(name, PARTS[name])
+    cells = [cell.strip().replace("␣", " ") for cell in re.split(r" \|(?= |$)", row)]
+    if len(cells) == 4:
+        RULES.append((re.compile(cells[0]), *cells[1:]))
+
+# What the parser reads.
+NUMBER = r"\d{1,50}÷\d{1,50}|\d*\.\d*~\d+|\d{0,50}\.?\d{1,50}(?:[eE][+-]?\d{1,3}(?!\d))?"
+LETTER = r"(?:\\[A-Za-z]+|[^\W\d_])['⁻]*(?:_\{[^{}]*\})?'*(?:@\([^()]*\))?"
+NAME = rf"""\d{{1,2}}:\d\d(?!\d)|\d+_\{{\w+\}}|[A-Z]{{2,}}|{LETTER}|"[^"]*"|[∞∅%°]"""
+TOKEN = re.compile(rf"{NAME}|{NUMBER}|\S")
+LEVELS = (",", "=≠<≤", "∪", "+&", "*/")  # loosest first; 1&3÷4 is mixed, 0.8~3 periodic
+UNORDERED = {",", "{}", "⦃⦄"}
+STRUCTURES = UNORDERED | {"()", "[]", "[)", "(]", "⟦⟧", "label", "=", "≠", "<", "≤"}
+
+MAX_CHARS = 400  # with HUGE it bounds the work: neither a timeout nor a subprocess is needed
+MP = mpmath.MPContext()  # our own: mpmath's global precision stays as it is
+MP.prec = 500  # bits
+SAME = MP.mpf(2) ** -350  # numbers that differ by less than this part of them are the same
+HUGE = MP.mpf(2) ** 150  # bounds the ratio of two terms, exponents and what functions are taken of
+CONSTANTS = {"π": MP.pi, "e": MP.e, "i": MP.j, "∞": MP.nan,
+             "%": MP.mpf(1) / 100, "°": MP.pi / 180}
+
+
+def rewrite(text):
+    """LaTeX in the small alphabet."""
+    for pattern, replacement, *_ in RULES:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+# A tree is ("number", Fraction), ("name", "x") or (operation, tree, ...).
+
+
+@functools.lru_cache(1000)  # one gold answer is compared with many
+def read(text):
+    """The tree of a text. ValueError and the like for what cannot be read."""
+    if len(text) > MAX_CHARS:
+        raise ValueError
+    tokens = ["end", *reversed(TOKEN.findall(rewrite(text)))]
+    tree = parse(tokens)
+    if tokens != ["end"]:
+        raise ValueError("something is left over")
+    return tree
+
+
+def parse(tokens, level=0):
+    """Takes an expression of operators of this level, or tighter ones, from the end of `tokens`."""
+    if level == len(LEVELS):
+        return parse_product(tokens)
+    parts = [parse(tokens, level + 1)]
+    tree = parts[0]
+    while tokens[-1] in LEVELS[level]:
+        sign = tokens.pop()
+        parts.append(parse(tokens, level + 1))
+        tree = join(sign, tree, parts)
+    return tree
+
+
+def join(sign, tree, parts):
+    """The tree of `tree`, an operator and the last of the parts that this level has so far."""
+    if sign in ",∪":
+        return (",", *parts)
+    if sign == "=":
+        return equation(parts)
+    return (sign, tree, parts[-1])
+
+
+def multiply(left, right):
+    """The product of two trees, which may be a number with its unit, or a number and a matrix."""
+    if right[0] == "name" and right[1][0] in '"%°':
+        return ("unit", right, left)
+    if right[0] in ("⟦⟧", "()"):
+        return (right[0], *[multiply(left, part) for part in right[1:]])
+    return ("*", left, right)
+
+
+def equation(sides):
+    """A chain of =: 2+3=5 stands for 5, x=2+3=5 for x=5. ValueError where it does not hold."""
+    first = sides[0]
+    last = sides[-1]
+    computed = not unknowns(first) and not is_label(first)
+    values = sides if computed else sides[1:]
+    if not all(equal(side, last) for side in values):
+        raise ValueError("a chain that does not hold")
+    if computed:
+        return last
+    kind = "label" if is_label(first) and first not in subtrees(last) else "="
+    return (kind, first, last)
+
+
+def is_label(tree):
+    """x, f(x), AB/CD or (p,q): what an answer may have on the left of its =."""
+    if tree[0] == "name":
+        return tree[1] not in CONSTANTS
+    return tree[0] in ("()", "/") and all(map(is_label, tree[1:]))
+
+
+def parse_product(tokens, operand=r'(?!end)[\w\\({\[⟦."%°]'):
+    """A product without signs such as 2x."""
+    tree = parse_power(tokens)
+    while re.match(operand, tokens[-1]):
+        tree = multiply(tree, parse_power(tokens))
+    return tree
+
+
+def parse_power(tokens):
+    """An operand with its factorials and exponent."""
+    tree = parse_operand(tokens)
+    while tokens[-1] == "!":
+        tree = (tokens.pop(), tree)
+    if tokens[-1] != "^":
+        return tree
+    return (tokens.pop(), tree, parse_power(tokens))
+
+
+def parse_operand(tokens):
+    """A bracket, sign, function, name or number."""
+    token = tokens.pop()
+    if token == "-":
+        return ("neg", parse_power(tokens))
+    if token in "([{⦃⟦":
+        inner = parse(tokens)
+        kind = token + tokens.pop()
+        if inner[0] == ",":
+            return (kind, *inner[1:])
+        return (kind, inner) if kind == "⟦⟧" else inner
+    if token in (r"\frac", r"\root"):
+        first = parse_operand(tokens)
+        second = parse_operand(tokens)
+        return ("/", first, second) if token == r"\frac" else ("^", second, first)
+    if token[1:] in OPERATIONS:
+        if tokens[-1] in "({":
+            return (token[1:], parse_operand(tokens))
+        return (token[1:], parse_product(tokens, r"(?!end)[\w.°]"))
+    if token != "end" and re.fullmatch(NAME, token):
+        return ("name", token.lower() if token[0] == '"' else token.replace(" ", ""))
+    start, _, period = token.replace("÷", "/").partition("~")
+    number = ("number", Fraction(start + 300 * period))  # as good as infinitely many periods
+    return ("÷", number) if "/" in start and number[1].denominator == 1 else number
+
+
+def subtrees(tree):
+    """The tree and all trees in it, from the top down."""
+    trees = [tree]
+    for each in trees:  # the list grows on the way
+        trees += [part for part in each[1:] if isinstance(part, tuple)]
+    return trees
+
+
+def found(tree, kind):
+    """The first parts of all trees of a kind in a tree: names, labels or units."""
+    return {part[1] for part in subtrees(tree) if part[0] == kind}
+
+
+def without(tree, kind):
+    """The tree without its labels or units: what is left is their last part."""
+    if not isinstance(tree, tuple):
+        return tree
+    if tree[0] == kind:
+        return without(tree[-1], kind)
+    return tuple(without(part, kind) for part in tree)
+
+
+def unknowns(tree):
+    """Names that are neither constants nor words."""
+    return {name for name in found(tree, "name").difference(CONSTANTS) if name[0] != '"'}
+
+
+def named(name, point):
+    """The value of a name; of an unknown at random, seeded by it, from point 8 on an integer."""
+    if name in CONSTANTS:
+        return CONSTANTS[name]
+    rng = random.Random(f"{name} {point}")
+    if point >= 8:
+        return MP.mpf(point - 18 if point < 29 else rng.randrange(10 ** (point % 9)))
+    return MP.mpf(rng.choice((1, -1)) * rng.randrange(1, 1000)) / rng.choice((89, 1009))
+
+
+def power(base, exponent):
+    """base ** exponent; odd roots of negative numbers are real."""
+    whole = MP.nint(exponent * 945)  # for the odd denominators 3, 5, 7, 9 and some more
+    if MP.im(base) == 0 and base < 0 and same(exponent * 945, whole):
+        return (-1) ** int(whole) * MP.power(-base, exponent)
+    return MP.power(base, exponent)
+
+
+PRODUCTS = {"*": operator.mul, "/": operator.truediv, "÷": operator.pos, "unit": operator.mul,
+            "neg": operator.neg, "abs": abs, "&": operator.add}
+OPERATIONS = {name: getattr(MP, name) for name in  # no other name is ever looked up
+              "floor ceil sin cos tan cot sec csc asin acos atan sinh cosh tanh ln".split()}
+OPERATIONS |= PRODUCTS | {"+": operator.add, "^": power, "!": MP.factorial}
+WORK = set(OPERATIONS) - {"neg", "unit", "&"}
+# bi and a+bi: the kind of the tree, then those of the trees in it, sorted and without signs
+COMPLEX = ("* name number", "+ name number", "+ * name number number")
+
+
+@functools.lru_cache(10_000)
+def value(tree, point):
+    """The value of an expression at a random point; nan where the precision does not reach."""
+    kind, *parts = tree
+    if kind == "number":
+        return MP.mpf(parts[0].numerator) / parts[0].denominator
+    if kind == "name":
+        return named(parts[0], point)
+    operands = [value(part, point) for part in parts]
+    if kind in PRODUCTS:
+        return PRODUCTS[kind](*operands)
+    sizes = [abs(operand) for operand in operands]
+    if max(sizes) > HUGE * (min(sizes) if kind == "+" else 1) > 0:
+        return MP.nan  # also where the larger of two terms would swallow the smaller one
+    result = OPERATIONS[kind](*operands)
+    scale = abs(result) if kind == "^" else max(sizes)
+    return MP.chop(result, SAME * scale)  # rounding errors become zero
+
+
+def at(tree, point):
+    """The value, or None where there is none, as for 1/0, or none that is real: \\sqrt{x} at -1."""
+    try:
+        number = value(tree, point)
+    except (ArithmeticError, ValueError):
+        return None
+    unreal = MP.im(number) != 0 and unknowns(tree) and ("name", "i") not in subtrees(tree)
+    return None if unreal else number
+
+
+def same(left, right):
+    """Do two numbers agree?"""
+    return abs(left - right) <= SAME * max(abs(left), abs(right))
+
+
+def agree(left, right):
+    """Has an answer, without unknowns of its own, the gold one's value wherever one has any?"""
+    if left == right:
+        return True
+    if not unknowns(left) <= unknowns(right):
+        return False
+    kinds = {tree[0] for tree in subtrees(left) + subtrees(right)}
+    points = 80 if kinds & {"floor", "ceil"} else 8
+    if not unknowns(right):
+        points = 1
+    compared = False
+    for point in range(points):
+        pair = [at(left, point), at(right, point)]
+        if pair != [None, None]:
+            compared = True
+            if None in pair or not same(*pair):
+                return False
+    return compared
+
+
+def equal(left, right):
+    """Expressions have the same values; lists, tuples and relations have equal parts."""
+    kinds = {left[0], right[0]}
+    if kinds <= UNORDERED:
+        rest = list(right[1:])
+        for item in left[1:]:
+            matches = [other for other in rest if equal(item, other)]
+            if not matches:
+                return False
+            rest.remove(matches[0])
+        return not rest
+    if not kinds & STRUCTURES:
+        return agree(left, right)
+    if right[0] == "=" and kinds <= {"=", "label"}:
+        return proportional(left, right)
+    return len(kinds) == 1 and len(left) == len(right) and all(map(equal, left[1:], right[1:]))
+
+
+def proportional(left, right):
+    """Do the differences of the sides of two equations differ by a factor only?"""
+    differences = [("+", tree[1], ("neg", tree[2])) for tree in (left, right)]
+    ratios = [value(("/", *differences), point) for point in range(8)]
+    return ratios[0] != 0 and all(same(ratio, ratios[0]) for ratio in ratios)
+
+
+def is_rational(number):
+    """Is a number a fraction of a denominator below 10^30, or a+bi with such fractions?"""
+    if not abs(number) * SAME < 1:
+        return False
+    for part in (MP.re(number), MP.im(number)):
+        near = Fraction(int(part / SAME), 2**350).limit_denominator(10**30)
+        if not same(part * near.denominator, near.numerator):
+            return False
+    return True
+
+
+def undone(tree):
+    """The operations in a tree whose value is rational, or a+bi, but not written as a number."""
+    kinds = set()
+    tree = without(tree, "label")
+    for part in subtrees(tree) + subtrees(without(tree, "unit")):
+        inner = sorted(tree[0] for tree in subtrees(part)[1:] if tree[0] != "neg")
+        written = part[0] not in WORK or " ".join([part[0], *inner]) in COMPLEX
+        if not written and not unknowns(part) and is_rational(value(part, 0)):
+            kinds.add(part[0])
+    return kinds
+
+
+def same_answer(answer, gold):
+    r"""Are two bare answers, such as 1/2 and \frac12, equal? Never raises.
+
+    Decimals are exact: 0.333 is not 1/3. The gold answer 35\% takes 35 and 0.35, the gold answer
+    35 takes 35\%, but 0.5 does not take 0.5\%. A unit, or the x= of x=5, may be left out but not
+    changed. Tuples, intervals and matrices are ordered; lists and sets are not, and a list is the
+    set of its items.  x<3 is (-\infty,3). Words are equal when their letters are, in either case.
+    2+3=5 stands for 5, 5=6 for nothing. \textbf{(A)}\ 12 is neither A nor 12. What cannot be read
+    equals nothing.
+
+    The answer must be worked out: what is rational must be written as a number (sign, decimal,
+    fraction, mixed number, ratio, per cent, power of ten, a+bi), unless the gold answer leaves the
+    same operation undone. So 3+4=7 is an answer for 7, but 3+4 and 14/2 are not; \sqrt{18} is one
+    for 3\sqrt2. A policy that is paid for 3+4 learns to copy the question.
+    """
+    try:
+        answer = read(answer)
+        gold = read(gold)
+        return undone(answer) <= undone(gold) and matches(answer, gold)
+    except Exception:
+        return False
+
+
+def matches(answer, gold):
+    """Equal, if need be without a label such as x= and a unit, where the two have but one."""
+    if equal(answer, gold):
+        return True
+    for kind in ("label", "unit"):
+        marks = found(answer, kind) | found(gold, kind)
+        count = gold[0] == "number" and gold[1].denominator == 1 and gold[1] > 1
+        if len(marks) == 1 and (count or found(gold, kind) or marks != {("name", "%")}):
+            answer = without(answer, kind)
+            gold = without(gold, kind)
+            if equal(answer, gold):
+                return True
+    return False
+
+
+BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(\w+))|<answer>(.*?)</answer>", re.DOTALL)
+
+
+def extract_answer(response):
+    r"""The content of the last \boxed{}, \fbox{} or <answer>...</answer>, whichever comes last.
+
+    None when there is none, or when the last one is cut off. The last one counts wherever it
+    stands, inside <think> too, whatever prose follows, and also when it is empty. \boxed 5 is 5.
+    """
+    start = max(response.rfind(mark) for mark in ("\\boxed", "\\fbox", "<answer>"))
+    match = BOX.match(response, start)
+    if match is None or match.lastindex:
+        return match and match[match.lastindex]
+    rest = response[match.end():]
+    depth = 1
+    for brace in re.finditer(r"\\.|[{}]", rest):
+        depth += (brace[0] == "{") - (brace[0] == "}")
+        if depth == 0:
+            return rest[:brace.start()]
+    return None
+
+
+def skeleton(text):
+    """The tokens of a text, without brackets."""
+    return " ".join(token for token in TOKEN.findall(rewrite(text)) if token not in "(){}")
+
+
+def is_copied(answer, gold, question):
+    """Does an answer that computes something stand in the question as it is?
+
+    Numbers, words, letters and lists of them may; so may the gold answer, written as it is.
+    """
+    tree = read(answer)
+    if tree == gold or not any(part[0] in OPERATIONS for part in subtrees(tree)):
+        return False
+    text = skeleton(answer)
+    if tree[0] == "label":
+        text = text.partition("= ")[2]
+    whole = rf"(?<!\S)(?<![-+*/^] ){re.escape(text)}(?! [-+*/^!])(?!\S)"
+    return re.search(whole, skeleton(question)) is not None
+
+
+def gives_answer(response, gold="", question=""):
+    """Has the response a final answer that can be read, is worked out and is not copied?
+
+    A format reward pays for this. No box, an empty one, or one with work left undone earn nothing:
+    a policy that is paid for the box alone learns to write an empty one.
+    """
+    try:
+        answer = extract_answer(response)
+        target = read(gold if gold else "none")
+        return undone(read(answer)) <= undone(target) and not is_copied(answer, target, question)
+    except Exception:
+        return False
+
+
+def verify(response, gold, question=""):
+    """Does the final answer of a response equal `gold`, and is it not copied from the question?
+
+    Two rules keep a policy from handing the question back: `same_answer` refuses work left undone,
+    and here an expression that stands in the question is refused, such as a product to be expanded.
+    """
+    if not gives_answer(response, gold, question):
+        return False
+    return same_answer(extract_answer(response), gold)
+
+
+# =================================================================================================
+# §8 Running
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used. The message names file, line and field, or a flag."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run, and every flag: the comments are what --help says."""
+
+    method: str = "ampo"                  # what to do where every rollout failed
+    recipe: str = ""                      # ampo, luffy, guide, ghpo, grpo; unset: the method's own
+    follow: str = ""                      # paper or official code; unset: code, where known
+    model: str = "data/base"              # the student: a folder or hub name
+    system: str = ""                      # system prompt; unset: the chat template's own
+    data: str = "data/train.jsonl"        # problems; data/README.md describes the format
+    out: str = ""                         # folder of the run; unset: runs/METHOD-SEED
+    resume: bool = False                  # continue --out with its own flags and those given now
+    seed: int = 0                         # of the sampling and of the order of the problems
+    steps: int = 250                      # training steps
+    prompts_per_step: int = 32            # P: problems a step
+    group_size: int = 8                   # G: rollouts a problem
+    num_minibatches: int = 2              # optimizer updates a step
+    max_new_tokens: int = 128             # longest response
+    temperature: float = 1.0              # of the rollouts, and of what is trained
+    lr: float = 2e-4                      # of AdamW; 1e-6 for models of a billion parameters
+    clip_eps: float = None                # ε of the on-policy clip, inf: none; unset: the recipe's
+    entropy_coef: float = None            # weight of the entropy bonus; unset: the recipe's
+    gamma: float = 0.1                    # γ of the shaping x / (x + γ); guide measures its own
+    shaping: str = "f"                    # of off-policy tokens
+    advantage: str = "group"              # against the group's mean, or by value head and GAE
+    gae_lambda: float = 0.95              # λ of GAE
+    trigger: str = "fail"                 # ampo, guide: where none is right, under half are, always
+    k: int = 2                            # ampo: traces swapped into a failed group
+    select: str = "comprehension"         # ampo: which traces
+    micro_tokens: int = 2048              # padded tokens of one training pass: a matter of memory
+    cache_tokens: int = 40000             # tokens in the KV cache of one sampling pass: likewise
+    gradient_checkpointing: bool = False  # less memory, one more forward pass
+    eval_every: int = 100                 # steps between looks at valid.jsonl; 0: no evaluation
+    samples: int = 32                     # samples a problem in evaluations
+    save_every: int = 50                  # steps between checkpoints
+
+
+CHOICES = {
+    "method": list(METHODS),
+    "follow": ["code", "paper"],
+    "shaping": ["f", "ratio", "log"],
+    "advantage": ["group", "gae"],
+    "trigger": ["fail", "half", "always"],
+    "select": ["comprehension", "random", "shortest", "longest"],
+}
+
+
+def check_config(cfg):
+    """Raise InputError for settings that cannot be."""
+    for name, value in asdict(cfg).items():
+        least = 0 if name in ("seed", "eval_every") or isinstance(value, float) else 1
+        if type(value) in (int, float) and not value >= least:
+            raise InputError(f"--{name} {value}: must be at least {least}")
+    if cfg.group_size < 2:
+        raise InputError("--group_size 1: nothing to compare a response with")
+    if cfg.advantage == "gae" and METHODS[cfg.method].imitates:
+        raise InputError(f"--advantage gae: not with --method {cfg.method}, which imitates")
+    choose_recipe(cfg)
+
+
+def load_problems(path):
+    """Read a JSONL file of Problems. Raises OSError, or InputError naming file, line and field."""
+    problems = []
+    text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            problems.append(parse_problem(line, f"{path}:{number}"))
+    if not problems:
+        raise InputError(f"{path}: holds no problems")
     return problems
 
 
-def train(cfg: Config, checkpoint: Path | None = None) -> int:
-    """The whole run: training steps, metrics.jsonl, checkpoints and the closing table. Returns the exit status."""
-    out, metrics_file, ranks = Path(cfg.out), Path(cfg.out) / "metrics.jsonl", len(gather(0))
-    rank = dist.get_rank() if ranks > 1 else 0  # the processes share a step's problems; the first one logs and saves
-    refuse(cfg.prompts_per_step % ranks, f"--prompts_per_step {cfg.prompts_per_step}: no multiple of {ranks} processes")
-    refuse(cfg.k > cfg.group_size, f"--k {cfg.k}: more than --group_size {cfg.group_size}")
-    student = load_student(str(checkpoint or cfg.model), cfg)
-    data, valid, sets = load_inputs(student)
-    weights = [*student.model.parameters(), *student.critic.parameters()]
-    opt = torch.optim.AdamW(weights, cfg.lr, weight_decay=0.1, fused=True)
-    out.mkdir(parents=True, exist_ok=True), metrics_file.open("a" if checkpoint else "w").close()
-    done = attempt(f"{checkpoint}: damaged", restore, student, opt, checkpoint, metrics_file) if checkpoint else 0
-    stop = []  # the first Ctrl-C lets the step finish, so that what is saved is whole; the second one ends at once
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(True))
-    bar = tqdm(range(done, cfg.steps), initial=done, total=cfg.steps, desc=cfg.method, disable=rank > 0)
-    for step in bar:
-        torch.manual_seed(hash((cfg.seed, step, rank)))  # a function of the step alone: nothing to save for --resume
-        metrics = train_step(student, opt, [data[i] for i in batch_indices(len(data), step, cfg)][rank::ranks], step)
-        if valid and (step + 1) % cfg.eval_every == 0:
-            metrics["valid"] = evaluate(student, valid, cfg.group_size)[0]["pass@1"]
-        if rank > 0: continue
-        with open(metrics_file, "a") as file: file.write(json.dumps(metrics) + "\n")
-        bar.set_postfix({name: metrics[name] for name in ("reward", "fail_rate", "rescued", "entropy", "tokens_per_s")})
-        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or stop:
-            attempt(f"{out}: no checkpoint written", save_checkpoint, student, opt, step + 1, out)
-        if stop: return tqdm.write(f"stopped after step {step + 1}; go on: python ampo.py --resume --out {out}") or 130
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if sets and rank == 0: report(student, sets, out)
-    if rank == 0: print(f"run: {out}   metrics: {metrics_file}   checkpoint: {out / 'model'}")
-    return 0
-
-
-def parse_config(argv: list[str]) -> tuple[Config, dict]:
-    """Command line -> the Config and the flags that were given. Raises InputError for impossible ones."""
-    parser = argparse.ArgumentParser(prog="ampo.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.error = lambda message: refuse(True, message)
-    for f in fields(Config):
-        kind = {"action": "store_true"} if f.type is bool else {"type": f.type, "choices": f.metadata["choices"]}
-        parser.add_argument("--" + f.name, default=argparse.SUPPRESS, help=f.metadata["help"], **kind)
-    cfg = Config(**(given := vars(parser.parse_args(argv))))
-    for name, least in [(f.name, f.metadata["least"]) for f in fields(Config) if f.metadata["least"] is not None]:
-        refuse(not getattr(cfg, name) >= least, f"--{name} {getattr(cfg, name)}: must be at least {least}")
-    refuse(cfg.method not in METHODS, f"--method {cfg.method}: not one of {', '.join(METHODS)}")
-    return cfg, given
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0, 2 for what cannot be used or does not fit, 130 after Ctrl-C.
-
-    `ampo.py eval` scores --model on --data; the last line it prints is a JSON object."""
-    argv = sys.argv[1:] if argv is None else argv
-    if "LOCAL_RANK" in os.environ and not dist.is_initialized():  # started by torchrun
-        if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group()
+def parse_problem(line, where):
+    """One JSON object -> Problem. The answer may be a number; other fields are ignored."""
     try:
-        if argv[:1] != ["eval"]:
-            cfg, given = parse_config(argv)
-            refuse(cfg.temperature == 0, "--temperature 0: all rollouts of a problem would be the same")
-            return train(*open_run(cfg, given))
-        cfg, _ = parse_config(["--data", "data/test.jsonl", "--temperature", "0.6", *argv[1:]])
-        problems = load_checked(student := load_student(cfg.model, cfg), cfg.data)
-        return print(json.dumps(evaluate(student, problems, cfg.samples, cfg.temperature)[0])) or 0
-    except (InputError, OSError, torch.OutOfMemoryError) as error:
-        phase = "cache" if ", in generate" in traceback.format_exc() else "micro"  # what was under way
-        remedy = f"; lower --{phase}_tokens" * isinstance(error, torch.OutOfMemoryError)
-        return print(f"ampo.py: {error}{remedy}", file=sys.stderr) or 2
+        row = json.loads(line)
+        teachers = dict((row.get("teachers") or {}).items())
+        # JSON can spell halves of characters, which no tokenizer takes.
+        json.dumps(row, ensure_ascii=False).encode()
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{where}: not a JSON object, or 'teachers' is none: {error}")
+    texts = {name: row.get(name) or "" for name in ("question", "hint", "solution", "system")}
+    answer = row.get("answer")
+    texts["answer"] = "" if answer is None else str(answer)
+    for name, text in [*texts.items(), *teachers.items()]:
+        if not isinstance(text, str):
+            raise InputError(f"{where}: field '{name}' must be text")
+    for name in ("question", "answer"):
+        if not texts[name].strip():
+            raise InputError(f"{where}: field '{name}' is missing")
+    if not verify(f"\\boxed{{{answer}}}", texts["answer"]):
+        raise InputError(f"{where}: field 'answer': no response could equal {answer!r}")
+    return Problem(teachers=teachers, where=where, **texts)
 
 
-if __name__ == "__main__": sys.exit(main())
+def load_checked(student, path, needs=""):
+    """load_problems, which refuses what this student cannot take: a message that leaves no room
+    for a response in its context, and text that it would read as a control token.
+    """
+    context = context_length(student.model.config)
+    problems = load_problems(path)
+    for problem in problems:
+        messages = [problem.question]
+        if needs == "hint":
+            messages.append(problem.hint)
+        if needs == "solution":
+            messages.append(solution_prefix(problem, GHPO_SHARES[-1]))
+        text = "\n".join([problem.system, *messages, *problem.teachers.values()])
+        for token in student.tokenizer.added_tokens_decoder.values():
+            if token.special and token.content in text:
+                raise InputError(f"{problem.where}: holds {token}, a control token of this model")
+        longest = max(len(prompt_of(student, problem, message)) for message in messages)
+        size = longest + student.cfg.max_new_tokens
+        if size > context:
+            raise InputError(f"{problem.where}: {size} tokens with --max_new_tokens, not {context}")
+    return problems
+
+
+def context_length(config):
+    """How many tokens a model reads.
+
+    Past its original context, longrope takes other frequencies for all tokens. Keys cached while
+    sampling keep the old ones, so that sampling and scoring would disagree.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        return rope["original_max_position_embeddings"]
+    return getattr(config, "max_position_embeddings", math.inf)
+
+
+def load_inputs(student):
+    """Training problems, validation problems, and evaluation sets {name: problems}.
+
+    Says how many problems the method can guide. Raises InputError where there is none.
+    """
+    cfg = student.cfg
+    needs = student.method.needs
+    problems = load_checked(student, cfg.data, needs)
+    usable = [problem for problem in problems if not needs or getattr(problem, needs)]
+    if needs == "teachers":
+        usable = [problem for problem in usable if teacher_samples(student, problem)]
+    print(f"{cfg.data}: {len(problems)} problems, {len(usable)} with all that {cfg.method} needs")
+    if not usable:
+        raise InputError(f"{cfg.data}: no line has '{needs}' that --method {cfg.method} can use; "
+                         f"traces end within --max_new_tokens {cfg.max_new_tokens}")
+    sets = {}
+    if cfg.eval_every > 0:
+        folder = Path(cfg.data).parent
+        paths = [folder / "valid.jsonl", folder / "test.jsonl", *sorted(folder.glob("ood_*.jsonl"))]
+        sets = {path.stem: load_checked(student, path) for path in paths if path.exists()}
+    return problems, sets.pop("valid", []), sets
+
+
+PLAIN_TEMPLATE = """{{ bos_token }}{% for message in messages %}{{ message.role.capitalize() }}:
+{{ message.content }}{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}
+
+{% endfor %}{% if add_generation_prompt %}Assistant:
+{% endif %}"""
+
+
+def load_model(path):
+    """A causal language model in float32 and its tokenizer, from a folder or the hub."""
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path)
+        for name, value in vars(config).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(config, name, 0.0)  # dropout would take the first ratio away from 1
+        model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32)
+    except Exception as error:  # one bad folder raises errors of many kinds
+        raise InputError(f"{path}: no model that can be loaded: {error}")
+    for weight in model.parameters():
+        weight.data = weight.data.clone()  # a mapped file is aligned, and so rounds, otherwise
+    if tokenizer.chat_template is None:
+        print(f"{path}: no chat template; a plain one is used, and saved with the checkpoints")
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    return model, tokenizer
+
+
+def check_model(path, model, tokenizer, cfg, sampler):
+    """Raise InputError for a model that would be prompted, sampled or scored wrongly.
+
+    A few tokens after two prompts of unequal length tell: recurrent layers and output heads that
+    scale or cap their logits give themselves away.
+    """
+    prompts = [[0, 1, 0], [1]]
+    try:
+        one = encode_prompt(tokenizer, "1+1?", cfg.system)
+        other = encode_prompt(tokenizer, "2+2?", cfg.system)
+        groups = sampler(model, prompts, 1, 4)
+        responses = [ids for (ids, _), in groups]
+        sampled = torch.tensor([logps for (_, logps), in groups])
+        scored, _ = token_logps(model, prompts, responses)
+    except Exception as error:
+        raise InputError(f"{path}: cannot be sampled from: {error}")
+    if one == other:
+        raise InputError(f"{path}: its chat template ignores the question")
+    if not torch.allclose(scored, sampled, atol=1e-3):
+        raise InputError(f"{path}: {model.config.model_type} is sampled and scored differently")
+
+
+def end_tokens(model, tokenizer):
+    """Ids that end a response. The first one, which ends a trace, is what the chat template
+    writes after an answer; it need not be the tokenizer's.
+    """
+    turn = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+    text = tokenizer.apply_chat_template(turn, tokenize=False)
+    after = encode(tokenizer, text.rpartition("2")[2])
+    ids = [token for token in after[:1] if token in tokenizer.added_tokens_decoder]
+    ids += token_list(tokenizer.eos_token_id) + token_list(model.generation_config.eos_token_id)
+    return list(dict.fromkeys(ids))
+
+
+def load_student(path, cfg, sampler=generate):
+    """The student, on a CUDA GPU where there is one. Raises InputError for an unsuitable model."""
+    model, tokenizer = load_model(path)
+    check_model(path, model, tokenizer, cfg, sampler)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(device)
+    rollout_model = model
+    if has_bfloat16(device):
+        rollout_model = copy.deepcopy(model)
+        for weight in rollout_model.parameters():
+            weight.data = weight.data.bfloat16()  # not the buffers: rotary frequencies stay exact
+    elif device.type == "cuda":
+        print("this card has no bfloat16 of its own: all runs in float32")
+    if cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    value_head = torch.nn.Linear(model.config.hidden_size, 1, bias=False).to(device)
+    torch.nn.init.zeros_(value_head.weight)
+    eos = end_tokens(model, tokenizer)
+    method = METHODS[cfg.method]
+    recipe = choose_recipe(cfg)
+    return Student(
+        model, rollout_model, tokenizer, value_head, eos, cfg, method, recipe, sampler
+    )
+
+
+def batch_indices(total, step, cfg):
+    """The problems of one step out of an endless series of shuffled epochs.
+
+    A function of the step alone: resuming can neither skip nor repeat one.
+    """
+    generator = torch.Generator().manual_seed(cfg.seed)
+    end = (step + 1) * cfg.prompts_per_step
+    order = []
+    while len(order) < end:
+        order += torch.randperm(total, generator=generator).tolist()
+    return order[end - cfg.prompts_per_step:end]
+
+
+def pass_at_k(n, correct, k):
+    """Unbiased chance that one of k samples is right, given `correct` right ones among n.
+
+    1 - C(n - c, k) / C(n, k): Chen et al. 2021, "Evaluating Large Language Models Trained on
+    Code", Eq. 1. Raises ValueError unless 0 <= correct <= n and 1 <= k <= n.
+    """
+    if not (0 <= correct <= n and 1 <= k <= n):
+        raise ValueError(f"no estimate for {n=}, {correct=}, {k=}")
+    return 1 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def evaluate(student, problems, samples, temperature=0.6):
+    """-> {"pass@1", "pass@2", "pass@4" ... "pass@samples", "n", "length"}, and the groups.
+
+    n counts problems, length is the mean in tokens. Seeded by itself, as each training step is:
+    it neither depends on when it comes nor changes what comes after.
+    """
+    cfg = replace(student.cfg, group_size=samples, temperature=temperature)
+    torch.manual_seed(cfg.seed)
+    questions = [problem.question for problem in problems]
+    groups = rollout(replace(student, cfg=cfg), problems, questions)
+    right = [sum(sample.correct for sample in group) for group in groups]
+    scores = {}
+    for k in [2**i for i in range(samples.bit_length())] + [samples]:
+        scores[f"pass@{k}"] = mean([pass_at_k(samples, correct, k) for correct in right])
+    scores["n"] = len(problems)
+    scores["length"] = mean([len(sample.ids) for sample in flatten(groups)])
+    return scores, groups
+
+
+def report(student, sets):
+    """Base against trained model on every set, and a response each to the problem that gained."""
+    def gain(example):
+        _, was, now = example
+        return mean([s.correct for s in now]) - mean([s.correct for s in was])
+
+    cfg = student.cfg
+    base = load_student(cfg.model, cfg, student.generate)
+    examples = []
+    for name, problems in sets.items():
+        # The many sets out of distribution get a quarter of the samples: enough for pass@1.
+        samples = cfg.samples if name == "test" else math.ceil(cfg.samples / 4)
+        before, base_groups = evaluate(base, problems, samples)
+        after, groups = evaluate(student, problems, samples)
+        row = f"{name:14}"
+        for k in sorted({1, min(8, samples), samples}):
+            key = f"pass@{k}"
+            row += f"   {key} {100 * before[key]:4.1f} -> {100 * after[key]:4.1f}"
+        print(row)
+        examples += zip(problems, base_groups, groups)
+    problem, was, now = max(examples, key=gain)
+    print(f"\nProblem: {problem.question}   (answer {problem.answer})")
+    for name, group in (("base", was), ("trained", now)):
+        word = "right" if group[0].correct else "wrong"
+        print(f"--- {name}, {word}:\n{group[0].text.strip()}")
+
+
+def save_checkpoint(student, optimizer, step, out):
+    """model/ loads with from_pretrained. state.pt in it is what --resume needs besides.
+
+    It is written under another name and then swapped in, so that a kill at any moment leaves one
+    whole checkpoint: model/, or model.old/.
+    """
+    new = out / "model.new"
+    old = out / "model.old"
+    shutil.rmtree(new, ignore_errors=True)
+    student.model.save_pretrained(new)
+    student.tokenizer.save_pretrained(new)
+    (new / "README.md").write_text(SAVED_BY)
+    state = {
+        "optimizer": optimizer.state_dict(),
+        "value_head": student.value_head.state_dict(),
+        "step": step,
+    }
+    torch.save(state, new / "state.pt")
+    if (out / "model").exists():
+        shutil.rmtree(old, ignore_errors=True)
+        (out / "model").rename(old)
+    new.rename(out / "model")
+    shutil.rmtree(old, ignore_errors=True)
+
+
+SAVED_BY = """Saved by ampo.py. Load it with transformers 5.17 or later: version 4 misses its rotary
+settings and says nothing. data/for_transformers4.py rewrites a folder so that both read it.
+"""
+
+
+def restore(student, optimizer, checkpoint):
+    """Put optimizer and value head back as they were. Returns the number of steps done.
+
+    Random numbers need no saving: each step seeds its own.
+    """
+    try:
+        state = torch.load(checkpoint / "state.pt", weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        student.value_head.load_state_dict(state["value_head"])
+    except Exception as error:  # a damaged file raises errors of many kinds
+        raise InputError(f"{checkpoint}: damaged: {error}")
+    optimizer.param_groups[0]["lr"] = student.cfg.lr  # --resume --lr
+    return state["step"]
+
+
+def write_text(path, text):
+    """Write a file whole or not at all."""
+    new = path.with_suffix(".new")
+    new.write_text(text)
+    new.replace(path)
+
+
+def read_flags(path):
+    """The flags that a run was begun with. Raises InputError for a file that is not whole."""
+    try:
+        saved = json.loads(path.read_text())
+    except ValueError:
+        saved = None
+    if not isinstance(saved, dict) or saved.keys() != asdict(Config()).keys():
+        raise InputError(f"{path}: damaged, or of another version of ampo.py")
+    return saved
+
+
+def open_run(argv):
+    """The Config of a run, and the checkpoint that it goes on from, if any.
+
+    A new run's folder must be empty. --resume takes the flags that the run began with, changed by
+    those given now.
+    """
+    cfg = parse_flags(argv)
+    out = Path(cfg.out or f"runs/{cfg.method}-{cfg.seed}")
+    checkpoints = []
+    if cfg.resume:
+        if not (out / "run.json").exists():
+            raise InputError(f"--resume: {out} holds no run to continue, or one of an older "
+                             "version, whose flags had other names")
+        saved = read_flags(out / "run.json")
+        cfg = parse_flags(argv, saved)
+        if cfg.model != saved["model"]:
+            raise InputError("--resume --model: a run goes on from its own checkpoint")
+        checkpoints = [out / name for name in ("model", "model.old") if (out / name).exists()]
+    elif out.is_file() or any(out.glob("*")):
+        raise InputError(f"--out {out}: is taken; --resume continues it")
+    return replace(cfg, out=str(out)), checkpoints[0] if checkpoints else None
+
+
+def train(cfg, checkpoint=None, sampler=generate):
+    """The whole run: training steps, metrics.jsonl, checkpoints and the closing table."""
+    out = Path(cfg.out)
+    metrics_file = out / "metrics.jsonl"
+    student = load_student(str(checkpoint or cfg.model), cfg, sampler)
+    problems, valid, sets = load_inputs(student)
+    weights = [*student.model.parameters(), *student.value_head.parameters()]
+    optimizer = torch.optim.AdamW(weights, cfg.lr, weight_decay=0.1, fused=True)
+    done = 0
+    kept = []
+    if checkpoint:
+        done = restore(student, optimizer, checkpoint)
+        kept = metrics_file.read_text().splitlines(keepends=True)[:done]
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "run.json", json.dumps(asdict(cfg), indent=1))
+    write_text(metrics_file, "".join(kept))
+
+    bar = tqdm(range(done, cfg.steps), initial=done, total=cfg.steps, desc=cfg.method)
+    for step in bar:
+        # A function of the step alone: nothing to save for --resume.
+        torch.manual_seed(cfg.seed * 1000003 + step)
+        batch = [problems[i] for i in batch_indices(len(problems), step, cfg)]
+        metrics = {"step": step} | train_step(student, optimizer, batch)
+        if valid and (step + 1) % cfg.eval_every == 0:
+            scores, _ = evaluate(student, valid, cfg.group_size)
+            metrics["valid"] = scores["pass@1"]
+        with open(metrics_file, "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        bar.set_postfix(reward=metrics["reward"], failed=metrics["fail_rate"])
+        if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
+            try:
+                save_checkpoint(student, optimizer, step + 1, out)
+            except Exception as error:  # a full disk raises errors of many kinds
+                raise InputError(f"{out}: no checkpoint written: {error}")
+    if sets:
+        report(student, sets)
+    print(f"run: {out}   metrics: {metrics_file}   checkpoint: {out / 'model'}")
+
+
+def parse_flags(argv, defaults=()):
+    """Command line -> Config. Raises InputError for what cannot be."""
+    def refuse(message):
+        raise InputError(message)
+
+    parser = argparse.ArgumentParser(
+        "ampo.py", description=__doc__.split("\n\n")[0], allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.error = refuse
+    for name, comment in re.findall(r"(\w+): .* # (.*)", inspect.getsource(Config)):
+        default = getattr(Config, name)
+        if default is False:
+            parser.add_argument(f"--{name}", action="store_true", help=comment)
+        else:
+            parser.add_argument(
+                f"--{name}", type=float if default is None else type(default), default=default,
+                choices=CHOICES.get(name), help=comment,
+            )
+    parser.set_defaults(**dict(defaults))
+    cfg = Config(**vars(parser.parse_args(argv)))
+    check_config(cfg)
+    return cfg
+
+
+def run(argv, sampler):
+    """`ampo.py FLAGS` trains. `ampo.py eval FLAGS` scores --model on --data, and the last line
+    that it prints is a JSON object.
+    """
+    if argv[:1] == ["eval"]:
+        cfg = parse_flags(argv[1:], {"data": "data/test.jsonl", "temperature": 0.6})
+        student = load_student(cfg.model, cfg, sampler)
+        problems = load_checked(student, cfg.data)
+        scores, _ = evaluate(student, problems, cfg.samples, cfg.temperature)
+        print(json.dumps(scores))
+        return
+    cfg, checkpoint = open_run(argv)
+    if cfg.temperature == 0:
+        raise InputError("--temperature 0: all rollouts of a problem would be the same")
+    train(cfg, checkpoint, sampler)
+
+
+def main(argv=None, sampler=generate):
+    """Entry point. Returns the exit status: 0, 2 for what cannot be used or does not fit, 130
+    after Ctrl-C. `sampler` draws the responses: generate, or another one of its signature.
+    """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a console may lack a question's characters
+    try:
+        run(sys.argv[1:] if argv is None else argv, sampler)
+        return 0
+    except KeyboardInterrupt:
+        print("ampo.py: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except torch.OutOfMemoryError as error:
+        message = f"lower --cache_tokens or --micro_tokens: {error}"
+    except (InputError, OSError) as error:
+        message = str(error)
+    first_line = message.split("\n")[0]
+    print(f"ampo.py: {first_line}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
