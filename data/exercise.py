@@ -1,9 +1,10 @@
-"""Makes the file of an exercise: ampo.py with the bodies of some functions taken out, docstrings left in.
+"""Makes the file of an exercise: ampo.py without the bodies of some functions, docstrings left in.
 
-    python data/exercise.py group_advantages policy_objective > student.py
-    AMPO_MODULE=student.py pytest test_ampo.py --tb=short -k "group_advantages or policy_objective"
+    python data/exercise.py gae > student.py
+    AMPO_MODULE=student.py pytest test_ampo.py::Test_gae
 
-Without names it lists the functions, with the names of the file that each one needs to be copied elsewhere.
+Several names take out several bodies. Without names it lists the functions, each with the names
+of the file that it needs to be copied elsewhere.
 """
 import ast
 import sys
@@ -13,43 +14,65 @@ SOURCE = Path(__file__).resolve().parents[1] / "ampo.py"
 
 
 def definitions(tree):
-    """{name: its node} of everything defined at the top level: functions, classes and constants."""
+    """{name: node} of all that is defined at the top level: functions, classes, constants."""
     found = {}
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             found[node.name] = node
-        elif isinstance(node, ast.Assign):
-            targets = [name for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)]
-            found |= {name.id: node for name in targets}
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            for name in ast.walk(node):
+                if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store):
+                    found[name.id] = node
     return found
 
 
 def needs(name, found):
     """The other top-level names that a definition uses, in its annotations too."""
-    used = [node for node in ast.walk(found[name]) if isinstance(node, ast.Name)]
-    local = {node.id for node in used if isinstance(node.ctx, ast.Store) and isinstance(found[name], ast.FunctionDef)}
-    return sorted({node.id for node in used} & set(found) - local - {name})
+    node = found[name]
+    used = set()
+    local = set()
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Name):
+            used.add(inner.id)
+            if isinstance(inner.ctx, ast.Store):
+                local.add(inner.id)
+        elif isinstance(inner, ast.arg):
+            local.add(inner.arg)
+    if not isinstance(node, ast.FunctionDef):
+        local = set()
+    return sorted(used & set(found) - local - {name})
 
 
 def without_bodies(source, names):
     """The source with `raise NotImplementedError` for the bodies of these functions."""
-    lines, found = source.splitlines(), definitions(ast.parse(source))
-    for name in sorted(names, key=lambda name: -found[name].lineno):  # from the end, so that line numbers stay true
-        first = found[name].body[bool(ast.get_docstring(found[name]))]
-        lines[first.lineno - 1:found[name].end_lineno] = [f'    raise NotImplementedError("{name} is yours to write")']
+    lines = source.splitlines()
+    found = definitions(ast.parse(source))
+    from_the_end = sorted(names, key=lambda name: -found[name].lineno)
+    for name in from_the_end:  # so that the line numbers before it stay true
+        node = found[name]
+        body = node.body
+        if ast.get_docstring(node) is not None:
+            body = body[1:]
+        stub = f'    raise NotImplementedError("{name} is yours to write")'
+        lines[body[0].lineno - 1:node.end_lineno] = [stub]
     return "\n".join(lines) + "\n"
 
 
 def main(names):
-    source = SOURCE.read_text()
+    source = SOURCE.read_text(encoding="utf-8")
     found = definitions(ast.parse(source))
-    functions = [name for name, node in found.items() if isinstance(node, ast.FunctionDef) and name[0] != "_"]
-    if unknown := set(names) - set(functions):
+    functions = []
+    for name, node in found.items():
+        if isinstance(node, ast.FunctionDef) and not name.startswith("_"):
+            functions.append(name)
+    unknown = set(names) - set(functions)
+    if unknown:
         sys.exit(f"exercise.py: no function of ampo.py: {', '.join(sorted(unknown))}")
     if names:
         print(without_bodies(source, names), end="")
-    else:
-        print("\n".join(" ".join([f"{name:18}", *needs(name, found)]) for name in functions))
+        return
+    for name in functions:
+        print(" ".join([f"{name:18}", *needs(name, found)]))
 
 
 if __name__ == "__main__":

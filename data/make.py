@@ -1,13 +1,16 @@
 """Make the embedded miniature from one seed: the problems, the tokenizer and the base model.
 
-    python data/make.py            # four and a half minutes on two CPU cores
+    python data/make.py                  # five minutes on two CPU cores
+    python data/make.py --out FOLDER     # leaves the files here alone
 
 A problem is a linear equation in one unknown, made by wrapping a*x in additions, subtractions and
-multiplications. Its level is the number of operations: 3*(4*x+2)-4=20 has level 4 and the answer 3/2.
-a never divides the number that a*x equals, so every answer is a fraction and guessing does not pay.
-README.md, beside this file, describes what is written and how good the base model is.
-"""
+multiplications. Its level is the number of operations: 3*(4*x+2)-4=20 has level 4 and the answer
+3/2. a never divides the number that a*x equals, so every answer is a fraction and guessing does
+not pay. README.md, beside this file, describes what is written and how good the base model is.
 
+One random generator draws everything, in the order in which it is called: whoever moves a draw
+makes other problems.
+"""
 import argparse
 import json
 import math
@@ -15,411 +18,673 @@ import random
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import (AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM,
-                          Qwen2Tokenizer)
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ampo  # the verifier, the prompt format and the sampler are those of training
 
-# Surface forms. The base model sees all of them, reinforcement learning only the first group:
-# the second group then tells whether what was learnt carries over.
-RL_LETTERS, OTHER_LETTERS = "xyn", "abkmptz"
-RL_PHRASINGS = ("Solve {equation}.", "Solve for {x}: {equation}", "Find {x} if {equation}.")
-OTHER_PHRASINGS = ("What is {x} when {equation}?", "Given {equation}, determine {x}.", "Let {equation}. Compute {x}.",
-                   "Which {x} satisfies {equation}?", "{equation}, so {x} is?")
+# Surface forms. The base model sees all of them, reinforcement learning only the first group: the
+# second group then tells whether what was learnt carries over.
+RL_LETTERS = "xyn"
+OTHER_LETTERS = "abkmptz"
+RL_PHRASINGS = (
+    "Solve {equation}.",
+    "Solve for {x}: {equation}",
+    "Find {x} if {equation}.",
+)
+OTHER_PHRASINGS = (
+    "What is {x} when {equation}?",
+    "Given {equation}, determine {x}.",
+    "Let {equation}. Compute {x}.",
+    "Which {x} satisfies {equation}?",
+    "{equation}, so {x} is?",
+)
 
-# What the base model is taught. Levels 4 and 5 come only with a hint or a prefix: it learns what those are for, and the
-# plain problems of these levels are left to reinforcement learning.
+# What the base model is taught, as shares. Levels 4 and 5 come only with a hint or a prefix: it
+# learns what those are for, and the plain problems of these levels are left to RL.
 BASE_STYLES = {"undo": 0.45, "work": 0.40, "expand": 0.12, "secant": 0.03}
 PLAIN_LEVELS = {1: 0.05, 2: 0.60, 3: 0.35}
 FORWARD_LEVELS = {1: 0.1, 2: 0.3, 3: 0.4, 4: 0.2}
 GUIDED_LEVELS = {2: 0.3, 3: 0.4, 4: 0.15, 5: 0.15}
-FORWARD_SHARE, HINT_SHARE, PREFIX_SHARE, SWAPPED_SHARE = 0.12, 0.15, 0.15, 0.25
-SLIPS = 0.25  # a base model has read much that is wrong: what is there for reinforcement learning to sharpen
+HINT_SHARE = 0.15
+PREFIX_SHARE = 0.15
+FORWARD_SHARE = 0.12
+SWAPPED_SHARE = 0.25
+SLIPS = 0.25  # a base model has read much that is wrong: what is there for RL to sharpen
 LARGEST_TERM = 5  # with terms up to 9 it takes twice as long to learn to add
-BATCH, POOL = 32, 64_000
 
-CHAT_TEMPLATE = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
-                 "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+POOL = 64_000  # examples to teach from
+BATCH = 32
+LEARNING_RATE = 3e-3
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
 SPECIAL = ["<|pad|>", "<|end|>", "<|unk|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
 
-# --- Equations -----------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
+# Equations
 
 INVERSE = {"+": "-", "-": "+", "*": "/"}
 
 
-class Equation(NamedTuple):
-    """`a` times the unknown equals `start`; `wraps` are the operations around it, from the inside out."""
+@dataclass(frozen=True)
+class Equation:
+    """`a` times the unknown equals `start`; `wraps` are the operations around it."""
 
     a: int
     start: int
-    wraps: tuple  # of (operator, number)
+    wraps: tuple  # of (operator, number), from the inside out
 
 
-def level(eq):
+def level_of(equation):
     """The number of operations around and in a*x."""
-    return 1 + len(eq.wraps)
+    return 1 + len(equation.wraps)
 
 
-def answer(eq):
+def answer_of(equation):
     """The unknown, as a fraction in lowest terms."""
-    return str(Fraction(eq.start, eq.a))
+    return str(Fraction(equation.start, equation.a))
 
 
-def values(eq):
-    """The value of a*x, then the value after each wrap; the last one is the right-hand side."""
-    out = [eq.start]
-    for op, n in eq.wraps:
-        out.append(apply(op, n, out[-1]))
-    return out
+def calculate(value, operator, number):
+    """One operation on a whole number; None for a quotient that is not whole."""
+    if operator == "+":
+        return value + number
+    if operator == "-":
+        return value - number
+    if operator == "*":
+        return value * number
+    if value % number == 0:
+        return value // number
+    return None
 
 
-def apply(op, n, value):
-    return {"+": value + n, "-": value - n, "*": value * n, "/": value // n if value % n == 0 else None}[op]
+def values_of(equation):
+    """The value of a*x, then the value after each wrap; the last is the right-hand side."""
+    values = [equation.start]
+    for operator, number in equation.wraps:
+        values.append(calculate(values[-1], operator, number))
+    return values
 
 
 def wrap(text, wraps):
-    """Write the operations `wraps` around `text`: ("4*x", +2, *3) -> "3*(4*x+2)"."""
-    for op, n in wraps:
-        text = f"{n}*({text})" if op == "*" else f"{text}{op}{n}"
+    """Write operations around a text: "4*x" with +2 and *3 is "3*(4*x+2)"."""
+    for operator, number in wraps:
+        if operator == "*":
+            text = f"{number}*({text})"
+        else:
+            text = f"{text}{operator}{number}"
     return text
 
 
-def left_side(eq, x="x"):
-    return wrap(f"{eq.a}*{x}", eq.wraps)
+def left_side(equation, x="x"):
+    """The side of the equation that holds the unknown, written x."""
+    return wrap(f"{equation.a}*{x}", equation.wraps)
 
 
 def draw_equation(rng, level, whole=False, largest=300):
-    """Sums and products take turns, so each operation is one step; values stay within what the base can compute."""
+    """An equation of this level, its answer a whole number or not.
+
+    Sums and products take turns, so that each operation is one step. All values are positive and
+    at most `largest`: what the base model can calculate.
+    """
     while True:
-        a, start = rng.randint(2, 9), rng.randint(1, 40)
-        wraps = [("*", rng.randint(2, 5)) if i % 2 else (rng.choice("+-"), rng.randint(1, LARGEST_TERM))
-                 for i in range(level - 1)]
-        eq = Equation(a, start, tuple(wraps))
-        # Fractions that cancel (6*x=8) are kept in one case of four: they are hard for so small a model.
-        cancels = math.gcd(a, start) > 1 and rng.random() < 0.75
-        if (start % a == 0) == whole and (whole or not cancels) and min(values(eq)) > 0 and max(values(eq)) <= largest:
-            return eq
+        a = rng.randint(2, 9)
+        start = rng.randint(1, 40)
+        wraps = []
+        for i in range(level - 1):
+            if i % 2 == 1:
+                wraps.append(("*", rng.randint(2, 5)))
+            else:
+                wraps.append((rng.choice("+-"), rng.randint(1, LARGEST_TERM)))
+        equation = Equation(a, start, tuple(wraps))
+        # Fractions that cancel (6*x=8) are hard for so small a model: one in four is kept.
+        too_hard = math.gcd(a, start) > 1 and rng.random() < 0.75
+        if (start % a == 0) != whole or (too_hard and not whole):
+            continue
+        values = values_of(equation)
+        if min(values) > 0 and max(values) <= largest:
+            return equation
 
 
-# --- The four teachers: each stops before the computation that gives the answer --------------------
-# A teacher takes the equation and the values met on the way in, and returns lines and answer. Where the last value
-# holds a slip, so does the answer.
+# -------------------------------------------------------------------------------------------------
+# The four teachers
+
+# A teacher takes the equation and the values met on the way in, and returns its lines and its
+# answer. It stops before the computation that gives the answer. Where the innermost value holds a
+# slip, so does the answer.
 
 
-def steps(eq, v):
-    """The arithmetic from the outside in: ["20+4=24", "24/3=8", "8-2=6"]."""
-    lines = []
-    for (op, n), after, before in reversed(list(zip(eq.wraps, v[1:], v))):
-        done = next(o for o in (INVERSE[op], *"-+") if apply(o, n, after) == before)
-        lines.append(f"{after}{done}{n}={before}")
-    return lines
-
-
-def undo(eq, v):
+def undo(equation, values):
     """Rewrite the equation line by line, with x for the unknown and the unknown on the left."""
-    lines = [f"{wrap(f'{eq.a}*x', eq.wraps[:i])}={v[i]}" for i in range(len(eq.wraps), -1, -1)]
-    return lines, Fraction(v[0], eq.a)
+    lines = []
+    for i in reversed(range(len(values))):
+        lines.append(f"{wrap(f'{equation.a}*x', equation.wraps[:i])}={values[i]}")
+    return lines, Fraction(values[0], equation.a)
 
 
-def work(eq, v):
-    """Only the arithmetic."""
-    return steps(eq, v), Fraction(v[0], eq.a)
+def work(equation, values):
+    """Only the arithmetic, from the outside in: 20+4=24, 24/3=8, 8-2=6."""
+    lines = []
+    for i in reversed(range(len(equation.wraps))):
+        operator, number = equation.wraps[i]
+        before = values[i]
+        after = values[i + 1]
+        # The operation that was done, which is the wrong one where there is a slip.
+        for done in (INVERSE[operator], "-", "+"):
+            if calculate(after, done, number) == before:
+                break
+        lines.append(f"{after}{done}{number}={before}")
+    return lines, Fraction(values[0], equation.a)
 
 
-def expand(eq, v):
+def expand(equation, values):
     """Multiply out from the inside until one a*x=c is left."""
-    a, b = eq.a, 0
-    lines = [f"{left_side(eq)}={v[-1]}"]
-    for i, (op, n) in enumerate(eq.wraps):
-        a, b = (a * n, b * n) if op == "*" else (a, apply(op, n, b))
-        if i:  # the first sum needs no rewriting
-            lines.append(f"{wrap(f'{a}*x{b:+d}' if b else f'{a}*x', eq.wraps[i + 1:])}={v[-1]}")
-    c = v[-1] - b + v[0] - eq.start
-    return lines + ([f"{a}*x={c}"] if b else []), Fraction(c, a)
+    a = equation.a
+    b = 0
+    right = values[-1]
+    lines = [f"{left_side(equation)}={right}"]
+    for i, (operator, number) in enumerate(equation.wraps):
+        b = calculate(b, operator, number)
+        if operator == "*":
+            a = a * number
+        if i > 0:  # the first sum needs no rewriting
+            inner = f"{a}*x{b:+d}" if b else f"{a}*x"
+            lines.append(f"{wrap(inner, equation.wraps[i + 1:])}={right}")
+    slip = values[0] - equation.start
+    c = right - b + slip
+    if b:
+        lines.append(f"{a}*x={c}")
+    return lines, Fraction(c, a)
 
 
-def secant(eq, v):
+def secant(equation, values):
     """Double false position: the values at x=0 and x=1 fix the line."""
-    at0, at1 = (values(eq._replace(start=start)) for start in (0, eq.a))
-    lines = ["0: " + ",".join(map(str, at0)), "1: " + ",".join(map(str, at1)),
-             f"({v[-1]}-{at0[-1]})/({at1[-1]}-{at0[-1]})"]
-    return lines, Fraction(v[-1] - at0[-1] + v[0] - eq.start, at1[-1] - at0[-1])
+    at_zero = values_of(replace(equation, start=0))
+    at_one = values_of(replace(equation, start=equation.a))
+    right = values[-1]
+    slip = values[0] - equation.start
+    lines = [
+        "0: " + ",".join(map(str, at_zero)),
+        "1: " + ",".join(map(str, at_one)),
+        f"({right}-{at_zero[-1]})/({at_one[-1]}-{at_zero[-1]})",
+    ]
+    return lines, Fraction(right - at_zero[-1] + slip, at_one[-1] - at_zero[-1])
 
 
 TEACHERS = {"undo": undo, "work": work, "expand": expand, "secant": secant}
 
 
 def write(lines, answer):
+    """A response: the lines, then the answer in a box."""
     return "\n".join([*lines, f"\\boxed{{{answer}}}"])
 
 
-def trace(lines, answer, gold):
-    """A teacher's response, checked by the verifier that training uses."""
-    text = write(lines, answer)
-    assert ampo.verify(text, gold), text
+def checked(text, gold):
+    """The text of a trace, once the verifier of training has found it right."""
+    if not ampo.verify(text, gold):
+        raise ValueError(f"a trace that is wrong: {text!r}, gold answer {gold}")
     return text
 
 
-def with_slips(rng, eq, chance):
-    """The values on the way in when each step may use the wrong operation: a sum in place of a difference and the
-    other way round, a difference in place of a quotient."""
-    v = values(eq)[-1:]
-    for op, n in reversed(eq.wraps):
-        right, wrong = apply(INVERSE[op], n, v[0]), apply("+" if op == "+" else "-", n, v[0])
-        v.insert(0, wrong if right is None or rng.random() < chance else right)  # None: a slip left a remainder
-    return v if min(v) > 0 else values(eq)
+def values_with_slips(rng, equation, chance):
+    """The values on the way in when each step may take the wrong operation.
+
+    A sum in place of a difference and the other way round, a difference in place of a quotient.
+    The values without slips where those with them are not positive.
+    """
+    values = values_of(equation)[-1:]
+    for operator, number in reversed(equation.wraps):
+        right = calculate(values[0], INVERSE[operator], number)
+        wrong = calculate(values[0], "+" if operator == "+" else "-", number)
+        # After a slip a quotient may leave a remainder: then it has to be another slip.
+        slips = right is None or rng.random() < chance
+        values.insert(0, wrong if slips else right)
+    if min(values) > 0:
+        return values
+    return values_of(equation)
 
 
-# --- Problems in words ---------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
+# Problems in words
 
 
-def question(eq, phrasing, x, swapped=False):
-    left, right = left_side(eq, x), values(eq)[-1]
-    return phrasing.format(x=x, equation=f"{right}={left}" if swapped else f"{left}={right}")
+def question_of(equation, phrasing, x, swapped=False):
+    """The user's message; `swapped` puts the unknown on the right-hand side."""
+    left = left_side(equation, x)
+    right = values_of(equation)[-1]
+    text = f"{right}={left}" if swapped else f"{left}={right}"
+    return phrasing.format(x=x, equation=text)
 
 
-def hint(question, eq):
-    """A complete alternative user message: the question and the first intermediate values, all but the last one."""
-    inner = [str(v) for v in reversed(values(eq)[:-1])]
-    return f"{question}\nHint: the steps give {', '.join(inner[:max(1, len(inner) - 1)])}."
+def hint_of(question, equation):
+    """A complete user message: the question and the intermediate values, all but the last one."""
+    inner = [str(value) for value in reversed(values_of(equation)[:-1])]
+    told = inner[:max(1, len(inner) - 1)]
+    return f"{question}\nHint: the steps give {', '.join(told)}."
 
 
-def guided_by_prefix(question, solution, omega):
-    """The user message of GHPO: the question and the first part of the solution."""
-    return question + ampo.LEAD + solution[:round(len(solution) * omega)]
+def equation_problem(rng, equation, letters, phrasings, swapped=False):
+    """One line of a file, with the traces of all teachers, a hint and a solution."""
+    phrasing = rng.choice(phrasings)
+    letter = rng.choice(letters)
+    question = question_of(equation, phrasing, letter, swapped)
+    gold = answer_of(equation)
+    traces = {}
+    for name, teacher in TEACHERS.items():
+        lines, answer = teacher(equation, values_of(equation))
+        traces[name] = checked(write(lines, answer), gold)
+    return {
+        "question": question,
+        "answer": gold,
+        "level": level_of(equation),
+        "family": "swapped" if swapped else "equation",
+        "teachers": traces,
+        "hint": hint_of(question, equation),
+        "solution": traces["work"],
+    }
 
 
-def equation_problem(rng, eq, letters, phrasings, swapped=False):
-    text, gold = question(eq, rng.choice(phrasings), rng.choice(letters), swapped), answer(eq)
-    return {"question": text, "answer": gold, "level": level(eq), "family": "swapped" if swapped else "equation",
-            "teachers": {name: trace(*f(eq, values(eq)), gold) for name, f in TEACHERS.items()},
-            "hint": hint(text, eq), "solution": trace(*work(eq, values(eq)), gold)}
-
-
-def forward_problem(rng, eq):
-    """Another task that the base can do: put a number in and calculate. The response is the arithmetic."""
-    v, lines = values(eq), [f"{eq.a}*{eq.start // eq.a}={eq.start}"]
-    for (op, n), before, after in zip(eq.wraps, v, v[1:]):
-        lines.append(f"{n}*{before}={after}" if op == "*" else f"{before}{op}{n}={after}")
-    gold = str(v[-1])
-    return {"question": f"What is {left_side(eq, eq.start // eq.a)}?", "answer": gold, "level": level(eq),
-            "family": "forward", "teachers": {"work": trace(lines[:-1], gold, gold)}}
+def forward_problem(equation):
+    """Another task that the base can do: put a number in and calculate."""
+    x = equation.start // equation.a
+    values = values_of(equation)
+    gold = str(values[-1])
+    lines = [f"{equation.a}*{x}={equation.start}"]
+    for (operator, number), before, after in zip(equation.wraps, values, values[1:]):
+        if operator == "*":
+            lines.append(f"{number}*{before}={after}")
+        else:
+            lines.append(f"{before}{operator}{number}={after}")
+    return {
+        "question": f"What is {left_side(equation, x)}?",
+        "answer": gold,
+        "level": level_of(equation),
+        "family": "forward",
+        "teachers": {"work": checked(write(lines[:-1], gold), gold)},
+    }
 
 
 def draw_set(rng, count, levels, taken, make, whole=False):
-    """`count` problems, the levels in turn, on equations that are not in `taken`. Every answer makes up less than 1 %,
-    so that one who ignores the question is almost never right."""
-    problems, answers, most = [], Counter(), math.ceil(count / 100) - 1
+    """`count` problems make(equation), the levels in turn. Adds their equations to `taken`.
+
+    No equation is in `taken` before. Every answer makes up less than 1 %, so that one who ignores
+    the question is almost never right.
+    """
+    problems = []
+    answers = Counter()
+    most = math.ceil(count / 100) - 1
     while len(problems) < count:
-        eq = draw_equation(rng, levels[len(problems) % len(levels)], whole)
-        gold = str(values(eq)[-1]) if whole else answer(eq)
-        if eq in taken or answers[gold] >= most:
+        level = levels[len(problems) % len(levels)]
+        equation = draw_equation(rng, level, whole)
+        gold = str(values_of(equation)[-1]) if whole else answer_of(equation)
+        if equation in taken or answers[gold] >= most:
             continue
-        taken.add(eq)
+        taken.add(equation)
         answers[gold] += 1
-        problems.append(make(rng, eq))
+        problems.append(make(equation))
     return problems
 
 
 def draw_all_sets(rng, taken):
-    def forms(letters=RL_LETTERS, phrasings=RL_PHRASINGS, swapped=False):
-        return lambda rng, eq: equation_problem(rng, eq, letters, phrasings, swapped)
+    """{name: problems} of all files. Adds their equations to `taken`."""
+    def plain(equation):
+        return equation_problem(rng, equation, RL_LETTERS, RL_PHRASINGS)
 
-    rl = [2, 3, 4, 5]
-    sets = {"test": draw_set(rng, 256, rl, taken, forms()),
-            "valid": draw_set(rng, 128, rl, taken, forms()),
-            "ood_letters": draw_set(rng, 128, rl, taken, forms(letters=OTHER_LETTERS)),
-            "ood_phrasings": draw_set(rng, 128, rl, taken, forms(phrasings=OTHER_PHRASINGS)),
-            "ood_swapped": draw_set(rng, 128, rl, taken, forms(swapped=True)),
-            "ood_deeper": draw_set(rng, 128, [6, 7], taken, forms()),
-            "ood_forward": draw_set(rng, 128, [2, 3, 3, 3, 3, 4], taken, forward_problem, whole=True),
-            "train": draw_set(rng, 3000, rl, taken, forms())}
+    def with_letters(equation):
+        return equation_problem(rng, equation, OTHER_LETTERS, RL_PHRASINGS)
+
+    def with_phrasings(equation):
+        return equation_problem(rng, equation, RL_LETTERS, OTHER_PHRASINGS)
+
+    def swapped(equation):
+        return equation_problem(rng, equation, RL_LETTERS, RL_PHRASINGS, swapped=True)
+
+    rl_levels = [2, 3, 4, 5]
+    forward_levels = [2, 3, 3, 3, 3, 4]
+    sets = {}
+    sets["test"] = draw_set(rng, 256, rl_levels, taken, plain)
+    sets["valid"] = draw_set(rng, 128, rl_levels, taken, plain)
+    sets["ood_letters"] = draw_set(rng, 128, rl_levels, taken, with_letters)
+    sets["ood_phrasings"] = draw_set(rng, 128, rl_levels, taken, with_phrasings)
+    sets["ood_swapped"] = draw_set(rng, 128, rl_levels, taken, swapped)
+    sets["ood_deeper"] = draw_set(rng, 128, [6, 7], taken, plain)
+    sets["ood_forward"] = draw_set(rng, 128, forward_levels, taken, forward_problem, whole=True)
+    sets["train"] = draw_set(rng, 3000, rl_levels, taken, plain)
     return sets
 
 
-# --- What the base model is taught ---------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
+# What the base model is taught
 
 
-def pick(rng, weights):
-    return rng.choices(list(weights), list(weights.values()))[0]
+def pick(rng, shares):
+    """One of the names in {name: share}."""
+    return rng.choices(list(shares), list(shares.values()))[0]
+
+
+def new_equation(rng, levels, taken, whole):
+    """An equation that no set has."""
+    while True:
+        equation = draw_equation(rng, pick(rng, levels), whole)
+        if equation not in taken:
+            return equation
 
 
 def base_example(rng, taken):
-    """One (user message, response) pair. With a hint or prefix the response is still the complete trace."""
-    kind = pick(rng, {"hint": HINT_SHARE, "prefix": PREFIX_SHARE, "forward": FORWARD_SHARE,
-                      "plain": 1 - HINT_SHARE - PREFIX_SHARE - FORWARD_SHARE})
-    levels = {"plain": PLAIN_LEVELS, "forward": FORWARD_LEVELS}.get(kind, GUIDED_LEVELS)
-    eq = None
-    while eq is None or eq in taken:
-        eq = draw_equation(rng, pick(rng, levels), kind == "forward")
+    """One pair (user message, response).
+
+    With a hint or a prefix the response is still the complete trace: what is learnt there can
+    reach the plain prompt. Only plain ones have slips.
+    """
+    shares = {"hint": HINT_SHARE, "prefix": PREFIX_SHARE, "forward": FORWARD_SHARE}
+    shares["plain"] = 1 - sum(shares.values())
+    kind = pick(rng, shares)
     if kind == "forward":
-        problem = forward_problem(rng, eq)
+        problem = forward_problem(new_equation(rng, FORWARD_LEVELS, taken, whole=True))
         return problem["question"], problem["teachers"]["work"]
-    problem = equation_problem(rng, eq, RL_LETTERS + OTHER_LETTERS, RL_PHRASINGS + OTHER_PHRASINGS,
-                               rng.random() < SWAPPED_SHARE)
-    prefixed = guided_by_prefix(problem["question"], problem["solution"], rng.choice((0.25, 0.5, 0.75)))
-    message = {"plain": problem["question"], "hint": problem["hint"], "prefix": prefixed}[kind]
+
+    levels = PLAIN_LEVELS if kind == "plain" else GUIDED_LEVELS
+    equation = new_equation(rng, levels, taken, whole=False)
+    swapped = rng.random() < SWAPPED_SHARE
+    letters = RL_LETTERS + OTHER_LETTERS
+    phrasings = RL_PHRASINGS + OTHER_PHRASINGS
+    problem = equation_problem(rng, equation, letters, phrasings, swapped)
+    share = rng.choice(ampo.GHPO_SHARES)
+    message = problem["question"]
+    if kind == "hint":
+        message = problem["hint"]
+    elif kind == "prefix":
+        message = prefixed(problem, share)
     teacher = TEACHERS[pick(rng, BASE_STYLES)]
-    return message, write(*teacher(eq, with_slips(rng, eq, SLIPS if kind == "plain" else 0)))
+    values = values_with_slips(rng, equation, SLIPS if kind == "plain" else 0)
+    lines, answer = teacher(equation, values)
+    return message, write(lines, answer)
+
+
+def prefixed(problem, share):
+    """GHPO's message: the question and the first part of the solution."""
+    shown = ampo.Problem(problem["question"], problem["answer"], solution=problem["solution"])
+    return ampo.solution_prefix(shown, share)
 
 
 def train_tokenizer(texts, folder, vocab_size=384):
-    """A byte-level BPE that reads any text; digits stay single, so that arithmetic is done digit by digit.
+    """A byte-level BPE that reads any text; digits stay single, for arithmetic digit by digit.
 
-    The way text is cut into words is Qwen2's: transformers puts that in for every Qwen2 model it loads, whatever the
-    file says. Hence also the reload: the base model must be taught with the tokenizer that everyone will use."""
+    Text is cut into words as Qwen2 does: transformers puts that in for every Qwen2 model that it
+    loads, whatever the file says. Hence the reload, too: the base model must be taught with the
+    tokenizer that everyone will use.
+    """
     qwen2 = Qwen2Tokenizer(vocab={}, merges=[]).backend_tokenizer
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer, tokenizer.pre_tokenizer = qwen2.normalizer, qwen2.pre_tokenizer
+    tokenizer.normalizer = qwen2.normalizer
+    tokenizer.pre_tokenizer = qwen2.pre_tokenizer
     tokenizer.decoder = qwen2.decoder
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|end|>", unk_token="<|unk|>",
-                            chat_template=CHAT_TEMPLATE).save_pretrained(folder)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL,
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        unk_token="<|unk|>",
+        chat_template=CHAT_TEMPLATE,
+    )
+    fast.save_pretrained(folder)
+    # transformers 4 knows the class by its older name alone, version 5 by both.
+    settings = folder / "tokenizer_config.json"
+    text = settings.read_text()
+    settings.write_text(text.replace("TokenizersBackend", "PreTrainedTokenizerFast"))
     return AutoTokenizer.from_pretrained(folder)
 
 
 def new_model(tokenizer):
-    """Qwen2 with one shared key-value pair of heads for two query heads; about half a million parameters."""
-    return Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, rope_theta=10_000.0,
-        initializer_range=0.05, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id))
+    """A Qwen2 of half a million parameters, with a pair of keys and values for two queries."""
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        rope_theta=10_000.0,
+        initializer_range=0.05,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Qwen2ForCausalLM(config)
 
 
-def batches(rng, pairs, count):
-    """`count` batches of pairs of similar length: padded to the longest of all, most tokens would be padding."""
-    made = []
-    while len(made) < count:
+def size(pair):
+    """The tokens of prompt and response together."""
+    prompt, response = pair
+    return len(prompt) + len(response)
+
+
+def draw_batches(rng, pairs, count):
+    """`count` batches of pairs of similar length, so that little is padding. Shuffles `pairs`."""
+    batches = []
+    while len(batches) < count:
         rng.shuffle(pairs)
-        for i in range(0, len(pairs), 50 * BATCH):
-            chunk = sorted(pairs[i:i + 50 * BATCH], key=lambda pair: len(pair[0]) + len(pair[1]))
-            group = [chunk[j:j + BATCH] for j in range(0, len(chunk), BATCH)]
-            rng.shuffle(group)
-            made += group
-    return made[:count]
+        for chunk in ampo.chunks(pairs, 50 * BATCH):
+            together = ampo.chunks(sorted(chunk, key=size), BATCH)
+            rng.shuffle(together)
+            batches += together
+    return batches[:count]
 
 
-def train_base(model, pairs, rng, steps, lr=3e-3):
-    """Next-token loss on the responses; a short warm-up, then a cosine down to zero."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min(1, (i + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * i / steps)))
+def response_loss(model, batch):
+    """The mean next-token loss on the responses of a batch of pairs."""
+    width = max(size(pair) for pair in batch)
+    ids = torch.zeros(len(batch), width, dtype=torch.long)        # (B, L)
+    in_response = torch.zeros(len(batch), width, dtype=torch.bool)
+    for row, (prompt, response) in enumerate(batch):
+        end = len(prompt) + len(response)
+        ids[row, :end] = torch.tensor(prompt + response)
+        in_response[row, len(prompt):end] = True
+    # Padding is on the right, where causal attention never looks back from: no mask is needed.
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+    wanted = in_response[:, 1:]                                   # (B, L - 1)
+    logits = model.lm_head(hidden[:, :-1][wanted])                # (response tokens, V)
+    return F.cross_entropy(logits, ids[:, 1:][wanted])
+
+
+def train_base(model, pairs, rng, steps):
+    """Teach the model in place; a short warm-up, then a cosine down to zero."""
+    def schedule(step):
+        warm_up = min(1, (step + 1) / 100)
+        return warm_up * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     began = time.time()
-    for i, batch in enumerate(batches(rng, pairs, steps)):
-        width = max(len(p) + len(r) for p, r in batch)
-        ids = torch.zeros(len(batch), width, dtype=torch.long)
-        labels = torch.full_like(ids, -100)
-        for row, (p, r) in enumerate(batch):
-            ids[row, :len(p) + len(r)] = torch.tensor(p + r)
-            labels[row, len(p):len(p) + len(r)] = torch.tensor(r)
-        # Padding is on the right, where causal attention never looks back from: no mask is needed.
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
-        wanted = labels[:, 1:] != -100
-        loss = F.cross_entropy(model.lm_head(hidden[wanted]), labels[:, 1:][wanted])
+    for step, batch in enumerate(draw_batches(rng, pairs, steps)):
+        loss = response_loss(model, batch)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
-        if i % 500 == 0 or i == steps - 1:
-            print(f"step {i:5d}  loss {loss.item():.3f}  {time.time() - began:.0f} s", flush=True)
+        scheduler.step()
+        if step % 500 == 0 or step == steps - 1:
+            seconds = time.time() - began
+            print(f"step {step:5d}  loss {loss.item():.3f}  {seconds:.0f} s", flush=True)
 
 
-# --- Measuring -----------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
+# Measuring
 
 
 def solve(model, tokenizer, messages, golds, n):
-    """For each message n sampled responses as (text, is it correct)."""
-    out = []
-    size = 1024 // n
-    for i in range(0, len(messages), size):
-        prompts = [ampo.encode_prompt(tokenizer, m) for m in messages[i:i + size]]
-        for rows, gold in zip(ampo.generate(model, prompts, n, 128, 1.0, tokenizer.eos_token_id), golds[i:i + size]):
-            texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in rows]
-            out.append([(text, ampo.verify(text, gold)) for text in texts])
-    return out
+    """For each message n sampled responses, as pairs (text, is it correct)."""
+    prompts = [ampo.encode_prompt(tokenizer, message) for message in messages]
+    groups = []
+    for part in ampo.chunks(prompts, 1024 // n):
+        groups += ampo.generate(model, part, n, 128, 1.0, tokenizer.eos_token_id)
+    solved = []
+    for group, gold in zip(groups, golds):
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in group]
+        solved.append([(text, ampo.verify(text, gold)) for text in texts])
+    return solved
 
 
-def mean(values):
-    values = list(values)
-    return sum(values) / max(1, len(values))
+def solve_rates(model, tokenizer, messages, golds):
+    """For each message the share of 8 sampled responses that are correct."""
+    rates = []
+    for group in solve(model, tokenizer, messages, golds, 8):
+        rates.append(ampo.mean([correct for _, correct in group]))
+    return rates
 
 
-def measure(model, tokenizer, sets):
-    """Print what the base can do: plain, with hint, with prefixes, and how well it comprehends each teacher. Measured
-    on the validation set: the test sets are for the published table alone."""
-    problems = sets["valid"]
-    golds = [p["answer"] for p in problems]
-    plain = solve(model, tokenizer, [p["question"] for p in problems], golds, 32)
-    guided = {"hint": solve(model, tokenizer, [p["hint"] for p in problems], golds, 8)}
-    for omega in (0.25, 0.5, 0.75):
-        messages = [guided_by_prefix(p["question"], p["solution"], omega) for p in problems]
-        guided[f"prefix {omega}"] = solve(model, tokenizer, messages, golds, 8)
-    print("\nlevel      " + "".join(f"{lv:>8}" for lv in ("all", 2, 3, 4, 5)))
-    rows = {f"pass@{k}": [ampo.pass_at_k(32, sum(ok for _, ok in r), k) for r in plain] for k in (1, 8, 32)}
+def measure_rollouts(model, tokenizer, problems):
+    """{what: one number a problem} of sampled responses: plain, with hint, with prefixes.
+
+    Also the plain responses, from solve().
+    """
+    golds = [problem["answer"] for problem in problems]
+    questions = [problem["question"] for problem in problems]
+    plain = solve(model, tokenizer, questions, golds, 32)
+    right = []
+    for group in plain:
+        right.append(sum(correct for _, correct in group))
+    rows = {}
+    for k in (1, 8, 32):
+        rows[f"pass@{k}"] = [ampo.pass_at_k(32, count, k) for count in right]
     rows["8 all fail"] = [1 - p for p in rows["pass@8"]]
-    rows |= {name: [mean(ok for _, ok in r) for r in results] for name, results in guided.items()}
-    r_p = [ampo.comprehension(model, tokenizer, ampo.Problem(p["question"], p["answer"]),
-                              [p["teachers"][name] for name in TEACHERS]) for p in problems]
-    rows |= {f"r_p {name}": column for name, column in zip(TEACHERS, zip(*r_p))}
-    rows |= {f"tok {name}": [len(tokenizer.encode(p["teachers"][name])) for p in problems] for name in TEACHERS}
-    rows["tok sampled"] = [mean(len(tokenizer.encode(t)) for t, _ in r) for r in plain]
-    for name, row in rows.items():
-        cells = [mean(row)] + [mean(r for r, p in zip(row, problems) if p["level"] == lv) for lv in (2, 3, 4, 5)]
-        print(f"{name:11}" + "".join(f"{c:8.2f}" for c in cells))
-    print("styles sampled:", dict(Counter(style(t) for r in plain for t, _ in r).most_common()))
+    hints = [problem["hint"] for problem in problems]
+    rows["hint"] = solve_rates(model, tokenizer, hints, golds)
+    for share in ampo.GHPO_SHARES:
+        messages = [prefixed(problem, share) for problem in problems]
+        rows[f"prefix {share}"] = solve_rates(model, tokenizer, messages, golds)
+    return rows, plain
 
 
-def style(text):
+def measure_traces(model, tokenizer, problems):
+    """{what: one number a problem} of traces: how well the base comprehends them, their tokens."""
+    scores = []
+    for problem in problems:
+        traces = list(problem["teachers"].values())
+        bare = ampo.Problem(problem["question"], problem["answer"])
+        scores.append(ampo.comprehension(model, tokenizer, bare, traces))
+    rows = {}
+    for name, column in zip(TEACHERS, zip(*scores)):
+        rows[f"r_p {name}"] = column
+    for name in TEACHERS:
+        traces = [problem["teachers"][name] for problem in problems]
+        rows[f"tok {name}"] = [len(tokenizer.encode(trace)) for trace in traces]
+    return rows
+
+
+def style_of(text):
     """Which teacher a sampled response resembles, by its first line or two."""
     first, second = (text.split("\n") + [""])[:2]
     if first.startswith("0:"):
         return "secant"
     if "x" not in first:
         return "work"
-    return "expand" if first.split("=")[-1] == second.split("=")[-1] else "undo"
+    if first.split("=")[-1] == second.split("=")[-1]:
+        return "expand"
+    return "undo"
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Make the problems, the tokenizer and the base model.")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=3600, help="supervised steps of the base model")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent)
-    args = parser.parse_args()
-    rng, taken, began = random.Random(args.seed), set(), time.time()
-    torch.manual_seed(args.seed)
+def measure(model, tokenizer, problems):
+    """Print what the base can do, on the whole and by level."""
+    rows, plain = measure_rollouts(model, tokenizer, problems)
+    rows |= measure_traces(model, tokenizer, problems)
+    lengths = []
+    styles = Counter()
+    for group in plain:
+        texts = [text for text, _ in group]
+        lengths.append(ampo.mean([len(tokenizer.encode(text)) for text in texts]))
+        styles.update(style_of(text) for text in texts)
+    rows["tok sampled"] = lengths
 
-    sets = draw_all_sets(rng, taken)
-    args.out.mkdir(parents=True, exist_ok=True)
+    levels = (2, 3, 4, 5)
+    print("\nlevel           all" + "".join(f"{level:8}" for level in levels))
+    for name, row in rows.items():
+        line = f"{name:11}{ampo.mean(row):8.2f}"
+        for level in levels:
+            some = [x for x, problem in zip(row, problems) if problem["level"] == level]
+            line += f"{ampo.mean(some):8.2f}"
+        print(line)
+    print("styles sampled:", dict(styles.most_common()))
+
+
+# -------------------------------------------------------------------------------------------------
+
+
+def write_sets(sets, folder):
+    """A JSONL file for each set, and a line about it on the screen."""
+    folder.mkdir(parents=True, exist_ok=True)
     for name, problems in sets.items():
-        (args.out / f"{name}.jsonl").write_text("".join(json.dumps(p) + "\n" for p in problems))
-        (top, times), = Counter(p["answer"] for p in problems).most_common(1)
-        assert times < 0.01 * len(problems)
-        print(f"{name:14} {len(problems):5d} problems, most common answer {top} in {times / len(problems):.2%}")
+        lines = [json.dumps(problem) + "\n" for problem in problems]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+        answers = Counter(problem["answer"] for problem in problems)
+        (top, times), = answers.most_common(1)
+        share = times / len(problems)
+        print(f"{name:14} {len(problems):5d} problems, most common answer {top} in {share:.2%}")
 
+
+def encode_pairs(tokenizer, examples):
+    """(message, response) -> token ids of prompt and response, the end token included."""
+    pairs = []
+    for message, text in examples:
+        prompt = ampo.encode_prompt(tokenizer, message)
+        pairs.append((prompt, tokenizer.encode(text) + [tokenizer.eos_token_id]))
+    return pairs
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=3600, help="supervised steps of the base")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent)
+    args = parser.parse_args(argv)
+    base = args.out / "base"
+    rng = random.Random(args.seed)
+    torch.manual_seed(args.seed)
+    began = time.time()
+
+    taken = set()
+    sets = draw_all_sets(rng, taken)
+    write_sets(sets, args.out)
     examples = [base_example(rng, taken) for _ in range(POOL)]
-    tokenizer = train_tokenizer([text for pair in examples for text in pair], args.out / "base")
-    pairs = [(ampo.encode_prompt(tokenizer, message), tokenizer.encode(text) + [tokenizer.eos_token_id])
-             for message, text in examples]
+    tokenizer = train_tokenizer(ampo.flatten(examples), base)
+    pairs = encode_pairs(tokenizer, examples)
     model = new_model(tokenizer)
-    print(f"{model.num_parameters()} parameters, {len(tokenizer)} tokens, data made in {time.time() - began:.0f} s")
-    train_base(model, pairs, rng, args.steps)
-    model.to(torch.bfloat16).save_pretrained(args.out / "base")
+    seconds = time.time() - began
+    print(f"{model.num_parameters()} parameters, {len(tokenizer)} tokens, {seconds:.0f} s for data")
 
-    model = AutoModelForCausalLM.from_pretrained(args.out / "base", dtype=torch.float32)
-    measure(model, tokenizer, sets)
+    train_base(model, pairs, rng, args.steps)
+    model.to(torch.bfloat16).save_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    # Measured on the validation set: the test sets are for the published table alone.
+    measure(model, tokenizer, sets["valid"])
     print(f"{time.time() - began:.0f} s in all")
 
 

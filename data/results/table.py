@@ -1,8 +1,10 @@
-"""The tables of results.md, from runs.jsonl.
+"""The tables of results.md, from the lines that study.py wrote.
 
-    python data/results/table.py [runs.jsonl] > data/results/results.md
+    python data/results/table.py [FILE]                      # default: PUBLISHED, below
+    python data/results/table.py > data/results/results.md
 
-Means over seeds with the half-width of a 95 % interval (Student's t); differences are paired by seed.
+Means over seeds with the half-width of a 95 % interval (Student's t); differences are paired by
+seed. A part of the study that the file does not hold is left out.
 """
 import json
 import math
@@ -11,31 +13,92 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1])]
-import ampo
+sys.path.insert(0, str(HERE))
 import study
 
+import ampo
+
+PUBLISHED = HERE / "runs_v1.jsonl"  # what results.md and the figures are made of
+NOTES = {
+    "runs_v1.jsonl": "**These figures are of the first version of the code**, in which every "
+                     "method was trained\nunder AMPO's conventions. They are no measurement of "
+                     "the present state.\n",
+}
+
 OOD = ["ood_letters", "ood_phrasings", "ood_swapped", "ood_deeper", "ood_forward"]
-MAIN = ["base", "sft", "grpo", "sft+grpo", "luffy", "guide", "ghpo", "ampo", "grpo, more steps"]
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}  # by number of seeds
+SURFACE = ["ood_letters", "ood_phrasings", "ood_swapped"]
+ORDER = ["base", "sft", "grpo", "sft+grpo", "luffy", "guide", "ghpo", "ampo", "grpo, more steps"]
+KS = [1, 2, 4, 8, 16, 32]
+
+# One run of a part against another, paired by seed.
+OWN_PAIRS = [
+    ("luffy", "grpo under luffy"),
+    ("rl_sft", "grpo under luffy"),
+    ("luffy", "rl_sft"),
+    ("guide", "grpo under guide"),
+    ("guide, value head", "grpo under guide, value head"),
+    ("ghpo", "grpo under ghpo"),
+    ("ampo, paper", "grpo under ampo, paper"),
+]
+CLAIM_PAIRS = [
+    ("guide", "grpo, more steps"),
+    ("ghpo", "grpo, more steps"),
+    ("ampo", "grpo, more steps"),
+    ("ampo", "select random"),
+    ("ampo", "teachers work"),
+    ("ampo, follow paper", "grpo, follow paper"),
+    ("ampo, follow paper", "ampo"),
+]
+
+# Student's t by number of seeds.
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
 
-def load(path=HERE / "runs.jsonl"):
-    """{(part, name): {seed: row}}"""
+def load(path):
+    """{part: {name: {seed: row}}}, names in the study's order."""
+    rows = [json.loads(line) for line in open(path)]
+    rows.sort(key=place)
     runs = {}
-    for line in open(path):
-        row = json.loads(line)
-        runs.setdefault((row["part"], row["name"]), {})[row["seed"]] = row
+    for row in rows:
+        part = runs.setdefault(row["part"], {})
+        part.setdefault(row["name"], {})[row["seed"]] = row
     return runs
 
 
+def place(row):
+    """Where a row stands in the tables; a number for sorting."""
+    names = list(ORDER)
+    for parts in (study.STUDY, study.FIRST_STUDY):
+        if row["part"] in parts:
+            names += [run.name for run in study.runs_of(parts, [row["part"]])]
+    return names.index(row["name"])
+
+
+# -------------------------------------------------------------------------------------------------
+# Columns: functions of one row
+
+
 def pass_at_k(row, name, k):
-    """The unbiased estimate in per cent over the problems of a set."""
-    n = row["samples"]
-    return 100 * statistics.mean(ampo.pass_at_k(n, c, k) for c in row[name]["solved"])
+    """The unbiased estimate over the problems of a set, in per cent."""
+    estimates = [ampo.pass_at_k(row["samples"], solved, k) for solved in row[name]["solved"]]
+    return 100 * statistics.mean(estimates)
 
 
-def ood_mean(row):
+def column(name, k=1):
+    """The column of pass@k on a set."""
+    def value(row):
+        return pass_at_k(row, name, k)
+
+    return value
+
+
+def surface(row):
+    """pass@1 where only letters, phrasing or the unknown's side differ."""
+    return statistics.mean(pass_at_k(row, name, 1) for name in SURFACE)
+
+
+def all_families(row):
+    """pass@1, the mean over all sets out of distribution."""
     return statistics.mean(pass_at_k(row, name, 1) for name in OOD)
 
 
@@ -44,129 +107,245 @@ def entropy(row):
     return 100 * row["test"]["entropy"]
 
 
+def length(row):
+    """Of samples on test, in tokens."""
+    return row["test"]["length"]
+
+
+def failed_groups(row):
+    """In the last ten steps, in per cent; None where nothing was sampled in training."""
+    if "curves" not in row or row["curves"]["fail_rate"][-1] is None:
+        return None
+    return 100 * row["curves"]["fail_rate"][-1]
+
+
+def tokens_sampled(row):
+    """In training, in millions."""
+    if "curves" not in row:
+        return None
+    return sum(row["curves"]["tokens"]) * study.BIN / 1e6
+
+
+TEST_COLUMNS = {"test @1": column("test", 1), "@8": column("test", 8), "@32": column("test", 32)}
+COLUMNS = TEST_COLUMNS | {
+    "letters, phrasings, swapped": surface,
+    "mean of the five": all_families,
+    "entropy × 100": entropy,
+}
+
+
+# -------------------------------------------------------------------------------------------------
+# Cells and tables
+
+
 def interval(values):
     """mean ± half-width; the mean alone for a single seed."""
-    if None in values or not values:
+    if not values or None in values:
         return "–"
-    mean, n = f"{statistics.mean(values):.1f}", len(values)
-    return f"{mean} ± {T95[n] * statistics.stdev(values) / math.sqrt(n):.1f}" if n > 1 else mean
+    mean = f"{statistics.mean(values):.1f}"
+    if len(values) == 1:
+        return mean
+    error = statistics.stdev(values) / math.sqrt(len(values))
+    return f"{mean} ± {T95[len(values)] * error:.1f}"
 
 
 def table(head, rows):
+    """A table in markdown."""
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+    for row in rows:
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
 
 
-def cells(runs, part, names, columns):
-    """One row a run name: its number of seeds and the interval of each column."""
-    return [[name, str(len(rows))] + [interval([f(row) for row in rows.values()]) for f in columns]
-            for name in names if (rows := runs.get((part, name)))]
+def means(part, columns):
+    """A table's rows: the name of a run, its number of seeds and the interval of each column."""
+    rows = []
+    for name, seeds in part.items():
+        row = [name, str(len(seeds))]
+        for function in columns.values():
+            row.append(interval([function(seed_row) for seed_row in seeds.values()]))
+        rows.append(row)
+    return rows
 
 
-def paired(mine, others, f):
-    """Interval of f(run) - f(other run of the same seed), of two {seed: row}."""
-    return interval([f(mine[s]) - f(others[s]) for s in sorted(mine.keys() & others.keys())])
+def paired(mine, others, function):
+    """The interval of the difference between two {seed: row}, over the seeds that both have."""
+    seeds = sorted(mine.keys() & others.keys())
+    return interval([function(mine[seed]) - function(others[seed]) for seed in seeds])
+
+
+def differences(pairs, part, columns):
+    """A table's rows: one run minus another, for the pairs that the part holds."""
+    rows = []
+    for one, other in pairs:
+        if one in part and other in part:
+            row = [f"{one} − {other}"]
+            for function in columns.values():
+                row.append(paired(part[one], part[other], function))
+            rows.append(row)
+    return rows
+
+
+# -------------------------------------------------------------------------------------------------
+# Sections
+
+
+def main_table(part):
+    columns = dict(TEST_COLUMNS)
+    for name in OOD:
+        columns[name.removeprefix("ood_")] = column(name)
+    columns["mean of the five"] = all_families
+    print("## Test and other families\n\nPer cent solved; the other families at one sample.\n")
+    print(table(["", "seeds", *columns], means(part, columns)))
+
+    print("Difference to grpo, paired by seed:\n")
+    rows = []
+    for name in part:
+        if name not in ("base", "grpo"):
+            grpo = part.get("grpo", {})
+            cells = [paired(part[name], grpo, function) for function in COLUMNS.values()]
+            rows.append([name, *cells])
+    print(table(["", *COLUMNS], rows))
+
+    print("Test @1 seed by seed:\n")
+    rows = []
+    for name, seeds in part.items():
+        scores = [f"{pass_at_k(seeds[seed], 'test', 1):.1f}" for seed in sorted(seeds)]
+        rows.append([name, ", ".join(scores)])
+    print(table(["", "test @1"], rows))
+
+    for other in ("grpo", "base"):
+        gaps = least_gaps(part.get("ampo", {}), part.get(other, {}))
+        least = [f"{gap:.1f}" for gap in gaps]
+        print(f"pass@k of ampo minus {other}'s, the least of k = {', '.join(map(str, KS))}, "
+              f"seed by seed: {', '.join(least)}\n")
+
+
+def least_gaps(mine, others):
+    """For each seed the least difference in pass@k on test over all k."""
+    gaps = []
+    for seed in sorted(mine.keys() & others.keys()):
+        pair = (mine[seed], others[seed])
+        by_k = [pass_at_k(pair[0], "test", k) - pass_at_k(pair[1], "test", k) for k in KS]
+        gaps.append(min(by_k))
+    return gaps
+
+
+def costs(part):
+    print("## What it took\n\n"
+          "Entropy in nats a token and length in tokens on test at temperature 0.6; failed groups "
+          "(%) in the last ten steps; tokens sampled in training (millions); seconds of training "
+          "on one core, of the fastest seed, as the machine had other work.\n")
+    columns = {
+        "entropy × 100": entropy,
+        "length": length,
+        "failed groups": failed_groups,
+        "tokens sampled": tokens_sampled,
+    }
+    rows = []
+    for row in means(part, columns):
+        seeds = part[row[0]].values()
+        seconds = [seed_row["seconds"] for seed_row in seeds if "seconds" in seed_row]
+        rows.append([*row, str(min(seconds, default="–"))])
+    print(table(["", "seeds", *columns, "seconds"], rows))
 
 
 def newly_solved(row, base):
-    """Guide's analysis: the gain in pass@1 on test, split by whether 16 samples of the base would have held a success."""
-    n, within, beyond = row["samples"], 0.0, 0.0
+    """Guide's analysis: the gain in pass@1 on test in points, within and beyond the base's reach.
+
+    Each problem's gain is split by the chance that 16 samples of the base hold a success.
+    """
+    n = row["samples"]
+    problems = len(row["test"]["solved"])
+    within = 0.0
+    beyond = 0.0
     for now, was in zip(row["test"]["solved"], base["test"]["solved"]):
-        inside = ampo.pass_at_k(n, was, 16)
         gain = max(0, now - was) / n
-        within, beyond = within + gain * inside, beyond + gain * (1 - inside)
-    return 100 * within / len(row["test"]["solved"]), 100 * beyond / len(row["test"]["solved"])
+        inside = ampo.pass_at_k(n, was, 16)
+        within += gain * inside
+        beyond += gain * (1 - inside)
+    return 100 * within / problems, 100 * beyond / problems
 
 
-def test(k):
-    """A column: pass@k on test."""
-    return lambda row: pass_at_k(row, "test", k)
+def guides_analysis(part):
+    print("## Newly solved problems (Guide's analysis)\n\nPoints of pass@1 gained on test: on "
+          "problems that the base solves within 16 samples (self-distillation) and on others "
+          "(capability gain).\n")
+    base = part.get("base", {})
+    rows = []
+    for name, seeds in part.items():
+        if name != "base":
+            split = [newly_solved(seeds[seed], base[seed]) for seed in seeds if seed in base]
+            within = [gain for gain, _ in split]
+            beyond = [gain for _, gain in split]
+            rows.append([name, interval(within), interval(beyond)])
+    print(table(["", "self-distillation", "capability gain"], rows))
 
 
-COLUMNS = {"test @1": test(1), "@8": test(8), "@32": test(32),
-           "letters, phrasings, swapped": lambda row: statistics.mean(pass_at_k(row, name, 1) for name in OOD[:3]),
-           "mean of the five": ood_mean, "entropy × 100": entropy}
+def own_comparisons(runs):
+    print("## Each method under its paper's own conventions\n\nEach against grpo under the same "
+          "ones; then differences, paired by seed.\n")
+    print(table(["", "seeds", *COLUMNS], means(runs["own"], COLUMNS)))
+    rows = differences(OWN_PAIRS, runs["own"], COLUMNS)
+    rows += differences([("ampo", "grpo")], runs.get("main", {}), COLUMNS)
+    print(table(["", *COLUMNS], rows))
 
 
-def main_table(runs, names):
-    print("## Test and other families\n\nPer cent solved; the other families at one sample.\n")
-    families = [lambda row, s=s: pass_at_k(row, s, 1) for s in OOD]
-    print(table(["", "seeds", "test @1", "@8", "@32", *(name[4:] for name in OOD), "mean of the five"],
-                cells(runs, "main", names, [test(1), test(8), test(32), *families, ood_mean])))
-    grpo = runs.get(("main", "grpo"), {})
-    print("Difference to grpo, paired by seed:\n")
-    print(table(["", *COLUMNS], [[name, *(paired(runs["main", name], grpo, f) for f in COLUMNS.values())]
-                                 for name in names if name not in ("base", "grpo")]))
-    print("Test @1 seed by seed:\n")
-    print(table(["", "test @1"], [[name, ", ".join(f"{test(1)(row):.1f}" for _, row in sorted(runs["main", name].items()))]
-                                  for name in names]))
-    ks = [2**i for i in range(6)]
-    ampo_runs = runs.get(("main", "ampo"), {})
-    for other in ("grpo", "base"):
-        base = runs.get(("main", other), {})
-        least = [min(test(k)(ampo_runs[s]) - test(k)(base[s]) for k in ks) for s in sorted(ampo_runs.keys() & base.keys())]
-        print(f"pass@k of ampo minus {other}'s, the least of k = {', '.join(map(str, ks))}, seed by seed: "
-              f"{', '.join(f'{x:.1f}' for x in least)}\n")
-
-
-def costs(runs, names):
-    print("## What it took\n\nEntropy in nats a token and length in tokens on test at temperature 0.6; failed groups "
-          "(%) in the last ten steps; tokens sampled in training (millions); seconds of training on one core, of the "
-          "fastest seed, as the machine had other work.\n")
-    curve = lambda column, f: lambda row: f(row["curves"][column]) if "curves" in row else None
-    failed = curve("fail_rate", lambda values: None if values[-1] is None else 100 * values[-1])
-    tokens = curve("tokens", lambda values: sum(values) * study.BIN / 1e6)
-    seconds = lambda name: min((row["seconds"] for row in runs["main", name].values() if "seconds" in row), default="–")
-    rows = cells(runs, "main", names, [entropy, lambda row: row["test"]["length"], failed, tokens])
-    print(table(["", "seeds", "entropy × 100", "length", "failed groups", "tokens sampled", "seconds"],
-                [[*row, str(seconds(row[0]))] for row in rows]))
-
-
-def guides_analysis(runs, names):
-    print("## Newly solved problems (Guide's analysis)\n\nPoints of pass@1 gained on test: on problems that the base "
-          "solves within 16 samples (self-distillation) and on others (capability gain).\n")
-    base = runs.get(("main", "base"), {})
-    split = {name: [newly_solved(row, base[s]) for s, row in runs["main", name].items() if s in base] for name in names}
-    print(table(["", "self-distillation", "capability gain"],
-                [[name, interval([a for a, _ in rows]), interval([b for _, b in rows])]
-                 for name, rows in split.items() if name != "base"]))
-
-
-def ablations(runs):
-    print("## Ablations of ampo\n\nAfter 100 steps. ampo itself: comprehension, k=2, four teachers, on failure, γ=0.1, "
-          "--follow code.\n")
-    default = runs.get(("ablations", "ampo"), {})
-    difference = lambda name: "" if name == "ampo" else paired(runs["ablations", name], default, test(1))
-    rows = cells(runs, "ablations", study.ABLATIONS, [test(1), test(8), test(32), entropy])
-    print(table(["", "seeds", "test @1", "@8", "@32", "entropy × 100", "@1 against the default"],
-                [[*row, difference(row[0])] for row in rows]))
+def ablations(part):
+    default = part["ampo"]
+    steps = study.BIN * max(len(row["curves"]["reward"]) for row in default.values())
+    print(f"## Ablations of ampo\n\nAfter {steps} steps. ampo itself: comprehension, k=2, four "
+          "teachers, on failure, γ=0.1, --follow code.\n")
+    columns = TEST_COLUMNS | {"entropy × 100": entropy}
+    rows = []
+    for row in means(part, columns):
+        difference = ""
+        if row[0] != "ampo":
+            difference = paired(part[row[0]], default, column("test"))
+        rows.append([*row, difference])
+    print(table(["", "seeds", *columns, "@1 against the default"], rows))
 
 
 def claims(runs):
-    print("## More runs of 250 steps\n\nWhat two of the claims compare ampo with, and both methods after the papers' "
-          "formulae; then differences, paired by seed.\n")
-    print(table(["", "seeds", *COLUMNS], cells(runs, "main", ["ampo", "grpo", "grpo, more steps"], COLUMNS.values()) +
-                cells(runs, "claims", study.CLAIMS, COLUMNS.values())))
-    find = lambda name: runs.get(("main", name)) or runs.get(("claims", name), {})
-    pairs = [(one, "grpo, more steps") for one in ("guide", "ghpo", "ampo")]
-    pairs += [("ampo", other) for other in ("select random", "teachers work")]
-    pairs += [("ampo, follow paper", other) for other in ("grpo, follow paper", "ampo")]
-    print(table(["", *COLUMNS], [[f"{one} − {other}", *(paired(find(one), find(other), f) for f in COLUMNS.values())]
-                                 for one, other in pairs]))
+    """Of the first study."""
+    print("## More runs of 250 steps\n\nWhat two of the claims compare ampo with, and both "
+          "methods after the papers' formulae; then differences, paired by seed.\n")
+    main_part = runs.get("main", {})
+    compared = {}
+    for name in ("ampo", "grpo", "grpo, more steps"):
+        if name in main_part:
+            compared[name] = main_part[name]
+    rows = means(compared, COLUMNS) + means(runs["claims"], COLUMNS)
+    print(table(["", "seeds", *COLUMNS], rows))
+    rows = differences(CLAIM_PAIRS, runs["claims"] | main_part, COLUMNS)
+    print(table(["", *COLUMNS], rows))
 
 
-def main():
-    runs = load(sys.argv[1]) if len(sys.argv) > 1 else load()
-    names = [name for name in MAIN if ("main", name) in runs]
-    print("# Results\n\nMade by table.py from runs.jsonl; see the README for what they say.\n")
-    main_table(runs, names)
-    costs(runs, names)
-    guides_analysis(runs, names)
-    ablations(runs)
-    claims(runs)
+def sweep(part):
     print("## Learning rate, on the validation set (one seed)\n")
-    print(table(["", "seeds", "@1", "@8", "@32"], cells(runs, "sweep", study.SWEEP, [
-        lambda row, k=k: pass_at_k(row, "valid", k) for k in (1, 8, 32)])))
+    columns = {"@1": column("valid", 1), "@8": column("valid", 8), "@32": column("valid", 32)}
+    print(table(["", "seeds", *columns], means(part, columns)))
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    path = Path(argv[0]) if argv else PUBLISHED
+    runs = load(path)
+    print(f"# Results\n\nMade by table.py from {path.name}; see the README for what they say.\n")
+    if path.name in NOTES:
+        print(NOTES[path.name])
+    if "main" in runs:
+        main_table(runs["main"])
+        costs(runs["main"])
+        guides_analysis(runs["main"])
+    if "own" in runs:
+        own_comparisons(runs)
+    if "ampo" in runs.get("ablations", {}):
+        ablations(runs["ablations"])
+    if "claims" in runs:
+        claims(runs)
+    if "sweep" in runs:
+        sweep(runs["sweep"])
 
 
 if __name__ == "__main__":
