@@ -1206,13 +1206,21 @@ PARTS = {
     "‹side›": r"\s*([^<≤>≥=≠,∪|⦃⦄]+)",
     "‹label›": r"\s*((?:\\[A-Za-z]+|[A-Z]{2,}|[A-Za-z])(?:_\{[^{}]*\})?(?:@\([^()]*\))?)\s*",
 }
-RULES = []
-for row in RULE_TABLE.splitlines():
-    for name in PARTS:
-        row = row.replace(name, PARTS[name])
-    cells = [cell.strip().replace("␣", " ") for cell in re.split(r" \|(?= |$)", row)]
-    if len(cells) == 4:
-        RULES.append((re.compile(cells[0]), *cells[1:]))
+
+
+def compile_rules(table):
+    """(pattern, replacement, example, what becomes of it) for each row with four cells."""
+    rules = []
+    for row in table.splitlines():
+        for part in PARTS:
+            row = row.replace(part, PARTS[part])
+        cells = [cell.strip().replace("␣", " ") for cell in re.split(r" \|(?= |$)", row)]
+        if len(cells) == 4:
+            rules.append((re.compile(cells[0]), *cells[1:]))
+    return rules
+
+
+RULES = compile_rules(RULE_TABLE)
 
 # What the parser reads.
 NUMBER = r"\d{1,50}÷\d{1,50}|\d*\.\d*~\d+|\d{0,50}\.?\d{1,50}(?:[eE][+-]?\d{1,3}(?!\d))?"
@@ -1513,7 +1521,7 @@ def same_answer(answer, gold):
     Decimals are exact: 0.333 is not 1/3. The gold answer 35\% takes 35 and 0.35, the gold answer
     35 takes 35\%, but 0.5 does not take 0.5\%. A unit, or the x= of x=5, may be left out but not
     changed. Tuples, intervals and matrices are ordered; lists and sets are not, and a list is the
-    set of its items.  x<3 is (-\infty,3). Words are equal when their letters are, in either case.
+    set of its items. x<3 is (-\infty,3). Words are equal when their letters are, in either case.
     2+3=5 stands for 5, 5=6 for nothing. \textbf{(A)}\ 12 is neither A nor 12. What cannot be read
     equals nothing.
 
@@ -1536,8 +1544,9 @@ def matches(answer, gold):
         return True
     for kind in ("label", "unit"):
         marks = found(answer, kind) | found(gold, kind)
-        count = gold[0] == "number" and gold[1].denominator == 1 and gold[1] > 1
-        if len(marks) == 1 and (count or found(gold, kind) or marks != {("name", "%")}):
+        whole = gold[0] == "number" and gold[1].denominator == 1 and gold[1] > 1
+        # 35 takes 35%, 0.5 does not take 0.5%.
+        if len(marks) == 1 and (whole or found(gold, kind) or marks != {("name", "%")}):
             answer = without(answer, kind)
             gold = without(gold, kind)
             if equal(answer, gold):

@@ -641,20 +641,6 @@ class Test_micro_batches:
         expect(f"12 samples of 5 tokens, a budget of {budget}: batches", len(got), count)
 
 
-class Test_batch_loss:
-    @pytest.mark.parametrize("clip_eps, clipped", [(0.2, 1), (0.05, 2), (math.inf, 0)])
-    def test_sums_are_over_on_policy_tokens(self, make_student, clip_eps, clipped):
-        student = make_student(clip_eps=clip_eps)
-        exact = full_logps(student.model, [2, 3], [5, 6, 7])
-        old_logps = [exact[0], exact[1] + 0.5, exact[2] - 0.1]   # ratios 1, 0.61 and 1.11
-        rollout = sample_of([5, 6, 7], old_logps=old_logps, advantages=[1.0] * 3)
-        trace = sample_of([8, 9, 10, 11], off_policy=True, advantages=[1.0] * 4)
-        _, sums = ampo.batch_loss(student, [rollout, trace], 0.1, 0.0)
-        got = [sums["tokens"], sums["clipped"], sums["gap"]]
-        case = f"ratios 1, 0.61, 1.11, ε = {clip_eps}, and a trace: tokens, clipped, Σ|log ratio|"
-        expect(case, got, [3, clipped, 0.6], 1e-3)
-
-
 class Test_guided_gamma:
     def test_is_the_90th_percentile_over_response_tokens(self, make_student):
         """Padding has a ratio as well, and so has the plain rollout: neither counts."""
@@ -739,6 +725,18 @@ class Test_update:
         size = student.value_head.weight.numel() + 1
         wanted = gradient_by_hand(student, -objective)[:-size]
         expect_gradient("the model's gradient is the policy's alone", got[:-size], wanted)
+
+    @pytest.mark.parametrize("clip_eps, clipped", [(0.2, 1), (0.05, 2), (math.inf, 0)])
+    def test_sums_are_over_on_policy_tokens(self, make_student, clip_eps, clipped):
+        student = make_student(clip_eps=clip_eps)
+        exact = full_logps(student.model, [2, 3], [5, 6, 7])
+        old_logps = [exact[0], exact[1] + 0.5, exact[2] - 0.1]   # ratios 1, 0.61 and 1.11
+        rollout = sample_of([5, 6, 7], old_logps=old_logps, advantages=[1.0] * 3)
+        trace = sample_of([8, 9, 10, 11], off_policy=True, advantages=[1.0] * 4)
+        _, sums = ampo.batch_loss(student, [rollout, trace], 0.1, 0.0)
+        got = [sums["tokens"], sums["clipped"], sums["gap"]]
+        case = f"ratios 1, 0.61, 1.11, ε = {clip_eps}, and a trace: tokens, clipped, Σ|log ratio|"
+        expect(case, got, [3, clipped, 0.6], 1e-3)
 
 
 class Test_optimizer_step:

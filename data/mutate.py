@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+TEST_FILES = ("test_ampo.py", "data/test_running.py")
 SECONDS = 120  # for one class of tests; all tests together get ten times as long
 
 # Functions that have no class of their own, and the classes that test them.
@@ -33,15 +34,16 @@ TESTED_BY = {
     "guide_grpo": ["TestWorkedExamples"],
     "guide_sft": ["TestWorkedExamples"],
     "encode": ["Test_teacher_samples", "Test_comprehension"],
+    "read_flags": ["Test_open_run"],
     "prompt_of": ["Test_rollout", "Test_teacher_samples"],
     "with_advantage": ["Test_add_advantages"],
-    "score_samples": ["Test_batch_loss", "Test_with_gae", "Test_guided_gamma"],
+    "batch_loss": ["Test_update"],
+    "score_samples": ["Test_update", "Test_with_gae", "Test_guided_gamma"],
     "mean": ["Test_step_metrics"],
     "flatten": ["Test_step_metrics"],
     "chunks": ["Test_rollout", "Test_generate"],
     "unflatten": ["Test_score"],
-    "first_line": ["Test_main"],
-    "tokens_of": ["Test_rollout", "Test_step_metrics"],
+    "tokens_of": ["Test_rollout", "Test_token_weights"],
     "write_text": ["Test_train", "Test_open_run"],
     "run": ["Test_main"],
 }
@@ -202,9 +204,13 @@ def compiles(source):
     return True
 
 
-def own_classes(source, tests):
-    """{function of ampo.py: the classes of the test file that test it}; none: an empty list."""
-    there = [node.name for node in ast.parse(tests).body if isinstance(node, ast.ClassDef)]
+def own_classes(source):
+    """{function of ampo.py: the classes that test it, as pytest names them}; none: an empty list."""
+    there = {}
+    for path in TEST_FILES:
+        for node in ast.parse((ROOT / path).read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                there[node.name] = f"{path}::{node.name}"
     verifier = source[source.find("# §7 "):source.find("# §8 ")]
     serves = {}
     for name, _ in functions_of(ast.parse(source)):
@@ -213,7 +219,7 @@ def own_classes(source, tests):
             classes = [f"Test_{name}"]
         elif f"\ndef {name}(" in verifier:
             classes = VERIFIER
-        serves[name] = [one for one in classes if one in there]
+        serves[name] = [there[one] for one in classes if one in there]
     return serves
 
 
@@ -243,18 +249,19 @@ def is_caught(source, classes, own):
     """Do the tests notice this source? They lie beside it, so that none is skipped."""
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        for path in ROOT.iterdir():
-            if not path.name.startswith((".", "runs", "ampo.py", "test_ampo.py")):
-                (folder / path.name).symlink_to(path)
+        (folder / "data").mkdir()
         (folder / "ampo.py").write_text(source, encoding="utf-8")
-        shutil.copy(ROOT / "test_ampo.py", folder)
-        names = [f"test_ampo.py::{name}" for name in classes]
-        if names and fails(folder, names, SECONDS * len(names)):
+        for path in TEST_FILES:
+            shutil.copy(ROOT / path, folder / path)
+        for path in (ROOT / "data").iterdir():
+            if not (folder / "data" / path.name).exists():
+                (folder / "data" / path.name).symlink_to(path)
+        if classes and fails(folder, classes, SECONDS * len(classes)):
             return True
         if own:
             return False
-        others = [f"--deselect={name}" for name in names]
-        return fails(folder, ["test_ampo.py", *others], 10 * SECONDS)
+        others = [f"--deselect={name}" for name in classes]
+        return fails(folder, [*TEST_FILES, *others], 10 * SECONDS)
 
 
 def short(text):
@@ -287,7 +294,7 @@ def main():
     import pytest, torch, transformers  # noqa: F401, once, before the forks
     from transformers import AutoModelForCausalLM, Qwen2ForCausalLM  # noqa: F401, lazy imports
     sys.dont_write_bytecode = True  # of sources that are thrown away
-    serves = own_classes(source, (ROOT / "test_ampo.py").read_text(encoding="utf-8"))
+    serves = own_classes(source)
     classes = set()
     for name in sorted({fault[0] for fault in found}):
         classes.update(serves[name])

@@ -138,6 +138,7 @@ class Test_check_config:
 
     def test_together(self):
         ampo.check_config(ampo.Config(lr=0.0, eval_every=0, clip_eps=math.inf, seed=0))
+        ampo.check_config(ampo.Config(method="guide", advantage="gae", group_size=2))
         cfg = ampo.Config(method="sft", advantage="gae")
         names(says(ampo.check_config, cfg), "--advantage gae", "sft")
 
