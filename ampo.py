@@ -1503,14 +1503,28 @@ def is_rational(number):
     return True
 
 
+def terms(tree, sign):
+    """The kinds of trees in a sum or product of however many, without signs."""
+    if tree[0] == "neg":
+        return terms(tree[1], sign)
+    if tree[0] == sign:
+        return terms(tree[1], sign) + terms(tree[2], sign)
+    return [tree[0]]
+
+
 def undone(tree):
-    """The operations in a tree whose value is rational, or a+bi, but not written as a number."""
+    """The operations in a tree whose value is rational, or a+bi, but not written as a number.
+
+    Two numbers of one sum or product are work as well: x+1+2, 2x·3.
+    """
     kinds = set()
     tree = without(tree, "label")
     for part in subtrees(tree) + subtrees(without(tree, "unit")):
         inner = sorted(tree[0] for tree in subtrees(part)[1:] if tree[0] != "neg")
         written = part[0] not in WORK or " ".join([part[0], *inner]) in COMPLEX
         if not written and not unknowns(part) and is_rational(value(part, 0)):
+            kinds.add(part[0])
+        if part[0] in "+*" and terms(part, part[0]).count("number") > 1:
             kinds.add(part[0])
     return kinds
 

@@ -1725,7 +1725,7 @@ WORK = r"""
 1024 | 1024 | 2^{10}  2^10  4^5  \log_{2} 2^{1024}  1024^1
 2^{10} | 1024  2^{10}  4^5 | 1000+24  2\cdot 512
 \frac{5}{4} | \frac{10}{8}  1.25  1\frac14  125\% | \frac{6-1}{4}  1+\frac14  \frac{5}{2^2}
-6\sqrt2 | \sqrt{72}  6\sqrt{2} | (4+2)\sqrt2  \sqrt{9}\sqrt8
+6\sqrt2 | \sqrt{72}  6\sqrt{2} | (4+2)\sqrt2  \sqrt{9}\sqrt8  2\cdot3\sqrt2  2\sqrt2\cdot3
 1 | 1 | \sin 90^\circ  \frac{\pi}{\pi}  \cos 0  \frac{3}{3}
 70^\circ | 70 | 30^\circ+40^\circ  180-110
 (2,9) | (2,9) | (2,3^2)  (1+1,9)  (\frac{4}{2},9)
