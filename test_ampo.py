@@ -1690,7 +1690,7 @@ near | \sqrt3 | 3^{0.5} | 1.7320508075688772935274463415058723669428052538103806
 sets | \{4,-1\} | -1, 4  \{-1,4\}  {4,-1}  4 \text{ and } -1  4 or -1 | (4,-1)  4  \{4,1\}  4,-1,-1
 many | 3, 8, \text{ and } 11 | 8,3,11  \{3,8,11\} | 3,8  3,8,12
 both signs | 2\pm\sqrt7 | 2-\sqrt7, 2+\sqrt7  \{2\pm\sqrt{7}\} | 2+\sqrt7  2\mp7
-tuples | (3,\frac12) | (3,0.5)  \left(3,\,\frac{1}{2}\right) | (0.5,3)  [3,0.5]  (3,0.5]
+tuples | (3,\frac12) | \left(3,\,\frac{1}{2}\right)  (x,y)=(3,0.5) | (0.5,3)  [3,0.5]  (x,2)=(3,0.5)
 unions | (-\infty,0)\cup(2,\infty) | (2,\infty)\cup(-\infty,0)  x<0 \text{ or } x>2 | (0,2)  x>2
 taken out | (-\infty,3)\cup(3,\infty) | \mathbb{R}\setminus\{3\} | \mathbb{R}\setminus\{2\}
 matrices | \begin{pmatrix}1&\frac12\\0&4\\\end{pmatrix} | \begin{bmatrix}1&0.5\\0&4\end{bmatrix} | 1

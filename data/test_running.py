@@ -429,12 +429,12 @@ class Test_report:
 
         base = replace(make_student(), generate=scripted(tokenizer, before))
         monkeypatch.setattr(ampo, "load_student", lambda *args: base)
-        student = replace(make_student(samples=16), generate=scripted(tokenizer, after))
+        student = replace(make_student(samples=15), generate=scripted(tokenizer, after))
         sets = {"test": [problem_of(question="a?")], "ood_far": [problem_of(question="b?")]}
         ampo.report(student, sets)
         shown = capsys.readouterr().out
         numbers = re.findall(r"pass@(\d+) +([\d.]+) -> +([\d.]+)", shown)
-        test = [("1", "100.0", "25.0"), ("8", "100.0", "96.2"), ("16", "100.0", "100.0")]
+        test = [("1", "100.0", "26.7"), ("8", "100.0", "97.4"), ("15", "100.0", "100.0")]
         expect("the table", numbers, [*test, ("1", "0.0", "100.0"), ("4", "0.0", "100.0")])
         names(shown, "ood_far", "Problem: b?", "answer 3/2", f"wrong:\n{WRONG}", f"right:\n{RIGHT}")
 
@@ -581,6 +581,13 @@ class Test_train:
         expect("metrics", metrics_of(tmp_path), rows, 0)
         assert weights_of(tmp_path) == weights, "other weights"
 
+    def test_looks_at_valid_every_so_many_steps(self, whole, folder, tmp_path):
+        flags = run_flags(folder, tmp_path, "--steps", "5", "--eval_every", "2")
+        write_lines(tmp_path / "valid.jsonl")
+        self.run(tmp_path / "run", *flags)
+        rows = metrics_of(tmp_path / "run")
+        expect("steps with a look", [row["step"] for row in rows if "valid" in row], [1, 3])
+
     def test_flags_given_with_resume(self, whole, tmp_path):
         self.run(tmp_path, *whole[0], "1")
         before = weights_of(tmp_path)
@@ -605,7 +612,7 @@ class Test_main:
         ("--recipe ppo", "ppo"), ("--model no/model", "no/model"), ("--model data", "data"),
         ("--data none.jsonl", "none.jsonl"), ("--data .", "."), ("--resume", "--resume"),
         ("--max_new_tokens 5000", ".jsonl:1"), ("eval --samples 0", "--samples"),
-        ("eval --data none.jsonl", "none.jsonl"),
+        ("eval --data none.jsonl", "none.jsonl"), ("eval --model no/model", "no/model"),
     ])
     def test_wrong_input_is_one_line(self, tmp_path, capsys, monkeypatch, line, named):
         monkeypatch.chdir(HERE)
