@@ -833,8 +833,7 @@ class Test_train_step:
         names = ("reward", "fail_rate", "entropy", "rescued")
         case = f"{method}, four wrong rollouts: {names}"
         expect(case, [got[name] for name in names], [0.1, 1.0, 0.5, float(rescued)])
-        moved = not torch.equal(before, flat(student.model.parameters()))
-        got = [got["grad_norm"] > 0, moved]
+        got = [got["grad_norm"] > 0, not torch.equal(before, flat(student.model.parameters()))]
         expect(f"{method}: there is a gradient, the weights move", got, [bool(rescued)] * 2)
 
     def test_sft_samples_nothing(self, make_student):
@@ -871,8 +870,9 @@ class Test_train_step:
         samples = sum(sum(seen, []), [])
         expect("prompts", set(Counter(tuple(s.prompt) for s in samples).values()), {4})
         expect("all have advantages", all(len(s.advantages) == len(s.ids) for s in samples), True)
-        clocks = [got["rollout_s"], got["guide_s"], got["update_s"]]
-        expect("seconds of rollouts, guidance, updates", clocks, [1.0, 10.0, 100.0 * len(wanted)])
+        got = [got[name] for name in ("rollout_s", "guide_s", "update_s", "tokens")]
+        wanted = [1.0, 10.0, 100.0 * len(wanted), sum(len(s.ids) for s in samples)]
+        expect("seconds of rollouts, guidance, updates; tokens sampled", got, wanted)
 
 
 # -------------------------------------------------------------------------------------------------

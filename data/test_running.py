@@ -582,11 +582,11 @@ class Test_train:
         assert weights_of(tmp_path) == weights, "other weights"
 
     def test_looks_at_valid_every_so_many_steps(self, whole, folder, tmp_path):
-        flags = run_flags(folder, tmp_path, "--steps", "5", "--eval_every", "2")
+        flags = run_flags(folder, tmp_path, "--steps", "5", "--eval_every", "3")
         write_lines(tmp_path / "valid.jsonl")
         self.run(tmp_path / "run", *flags)
         rows = metrics_of(tmp_path / "run")
-        expect("steps with a look", [row["step"] for row in rows if "valid" in row], [1, 3])
+        expect("steps with a look", [row["step"] for row in rows if "valid" in row], [2])
 
     def test_flags_given_with_resume(self, whole, tmp_path):
         self.run(tmp_path, *whole[0], "1")
