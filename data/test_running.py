@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from test_ampo import BASE, HERE, PROBLEM, RIGHT, WRONG, adamw, ampo, engine, expect, expect_exact
 from test_ampo import family_model, full_logps, ids_of, message_of, problem_of, prompt_of
-from test_ampo import random_model, same, scripted, student_of
+from test_ampo import random_model, same, scripted
 from test_ampo import make_student, tokenizer  # fixtures
 
 import pytest
