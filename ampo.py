@@ -601,7 +601,7 @@ def choose_recipe(cfg):
 def train_step(student, optimizer, problems):
     """problems -> rollouts -> verdicts -> guidance -> advantages -> updates.
 
-    Returns the metrics of the step.
+    Returns the metrics of the step, and under "example" what responses.jsonl says of it.
     """
     method = student.method
     student.tokens_sampled = 0
@@ -626,7 +626,18 @@ def train_step(student, optimizer, problems):
         "guide_s": guided - sampled,
         "update_s": end - guided,
         "tokens": student.tokens_sampled,
+        "example": readable(problems[0], rollouts[0], groups[0]),
     }
+
+
+def readable(problem, rollouts, group):
+    """One problem of a step, to be read: the student's rollouts, then what guidance brought."""
+    guidance = [sample for sample in group if sample.source != "student"]
+    responses = []
+    for sample in rollouts + guidance:
+        response = {"source": sample.source, "correct": sample.correct, "reward": sample.reward}
+        responses.append(response | {"text": sample.text})
+    return {"question": problem.question, "answer": problem.answer, "responses": responses}
 
 
 def encode(tokenizer, text):
@@ -2004,6 +2015,20 @@ def write_text(path, text):
     new.replace(path)
 
 
+def append(path, row):
+    """Add a line to a log."""
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def cut(path, steps):
+    """Leave the lines of the first `steps` steps in a log."""
+    lines = []
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)[:steps]
+    write_text(path, "".join(lines))
+
+
 def read_flags(path):
     """The flags that a run was begun with. Raises InputError for a file that is not whole."""
     try:
@@ -2039,21 +2064,21 @@ def open_run(argv):
 
 
 def train(cfg, checkpoint=None, sampler=generate):
-    """The whole run: training steps, metrics.jsonl, checkpoints and the closing table."""
+    """The whole run: training steps, two logs, checkpoints and the closing table."""
     out = Path(cfg.out)
     metrics_file = out / "metrics.jsonl"
+    responses_file = out / "responses.jsonl"
     student = load_student(str(checkpoint or cfg.model), cfg, sampler)
     problems, valid, sets = load_inputs(student)
     weights = [*student.model.parameters(), *student.value_head.parameters()]
     optimizer = torch.optim.AdamW(weights, cfg.lr, weight_decay=0.1, fused=True)
     done = 0
-    kept = []
     if checkpoint:
         done = restore(student, optimizer, checkpoint)
-        kept = metrics_file.read_text().splitlines(keepends=True)[:done]
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "run.json", json.dumps(asdict(cfg), indent=1))
-    write_text(metrics_file, "".join(kept))
+    cut(metrics_file, done)
+    cut(responses_file, done)
 
     bar = tqdm(range(done, cfg.steps), initial=done, total=cfg.steps, desc=cfg.method)
     for step in bar:
@@ -2061,11 +2086,12 @@ def train(cfg, checkpoint=None, sampler=generate):
         torch.manual_seed(cfg.seed * 1000003 + step)
         batch = [problems[i] for i in batch_indices(len(problems), step, cfg)]
         metrics = {"step": step} | train_step(student, optimizer, batch)
+        example = {"step": step} | metrics.pop("example")
         if valid and (step + 1) % cfg.eval_every == 0:
             scores, _ = evaluate(student, valid, cfg.group_size)
             metrics["valid"] = scores["pass@1"]
-        with open(metrics_file, "a") as file:
-            file.write(json.dumps(metrics) + "\n")
+        append(responses_file, example)
+        append(metrics_file, metrics)
         bar.set_postfix(reward=metrics["reward"], failed=metrics["fail_rate"])
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             try:
@@ -2074,7 +2100,7 @@ def train(cfg, checkpoint=None, sampler=generate):
                 raise InputError(f"{out}: no checkpoint written: {error}")
     if sets:
         report(student, sets)
-    print(f"run: {out}   metrics: {metrics_file}   checkpoint: {out / 'model'}")
+    print(f"run: {out}   logs: metrics.jsonl, responses.jsonl   checkpoint: {out / 'model'}")
 
 
 def parse_flags(argv, defaults=()):

@@ -833,8 +833,13 @@ class Test_train_step:
         names = ("reward", "fail_rate", "entropy", "rescued")
         case = f"{method}, four wrong rollouts: {names}"
         expect(case, [got[name] for name in names], [0.1, 1.0, 0.5, float(rescued)])
-        got = [got["grad_norm"] > 0, not torch.equal(before, flat(student.model.parameters()))]
-        expect(f"{method}: there is a gradient, the weights move", got, [bool(rescued)] * 2)
+        moved = not torch.equal(before, flat(student.model.parameters()))
+        case = f"{method}: there is a gradient, the weights move"
+        expect(case, [got["grad_norm"] > 0, moved], [bool(rescued)] * 2)
+        responses = [(r["text"], r["reward"]) for r in got["example"]["responses"]]
+        wanted = [(text, 0.1) for text in (WRONG, WRONG, RIGHT, WRONG)]
+        wanted += [("\\boxed{1}", 1.0)] * rescued
+        expect(f"{method}: the rollouts, then what guidance brought", responses, wanted)
 
     def test_sft_samples_nothing(self, make_student):
         student = make_student(method="sft")

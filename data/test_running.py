@@ -97,11 +97,14 @@ def run_flags(model, tmp_path, *more):
 
 
 def metrics_of(out):
-    """metrics.jsonl without the clocks."""
+    """metrics.jsonl without the clocks, with each step's line of responses.jsonl."""
     rows = []
-    for line in (Path(out) / "metrics.jsonl").read_text().splitlines():
+    logs = [(Path(out) / name).read_text() for name in ("metrics.jsonl", "responses.jsonl")]
+    for line, example in zip(*map(str.splitlines, logs), strict=True):
         row = json.loads(line)
-        rows.append({key: value for key, value in row.items() if not key.endswith("_s")})
+        assert json.loads(example)["step"] == row["step"]
+        kept = {key: value for key, value in row.items() if not key.endswith("_s")}
+        rows.append(kept | {"example": example})
     return rows
 
 
@@ -550,7 +553,7 @@ class Test_train:
         expect(f"exit status of {flags}", ampo.main([*flags, "--out", str(out)]), 0)
 
     def test_mistake_10_resume_is_exact(self, whole, tmp_path, monkeypatch):
-        """After a kill that came with half a line and half a checkpoint more."""
+        """After a kill that came with half a line of each log and half a checkpoint more."""
         batch_indices = ampo.batch_indices
         steps = []
 
@@ -561,8 +564,9 @@ class Test_train:
         monkeypatch.setattr(ampo, "batch_indices", watched)
         flags, rows, weights = whole
         self.run(tmp_path, *flags, "2")
-        with open(tmp_path / "metrics.jsonl", "a") as file:
-            file.write('{"step": 2, "reward": 9}\n{"st')
+        for name in ("metrics.jsonl", "responses.jsonl"):
+            with open(tmp_path / name, "a") as file:
+                file.write('{"step": 2, "reward": 9}\n{"st')
         (tmp_path / "model.new").mkdir()
         self.run(tmp_path, "--resume", "--steps", "4")
         expect("metrics", metrics_of(tmp_path), rows, 0)

@@ -211,7 +211,7 @@ class Test_kill:
         assert same_run(out, folder / "whole")
         expect("steps", [row["step"] for row in metrics_of(out)], list(range(6)))
         left = sorted(path.name for path in out.iterdir())
-        expect("what is left", left, ["metrics.jsonl", "model", "run.json"])
+        expect("what is left", left, ["metrics.jsonl", "model", "responses.jsonl", "run.json"])
 
     def test_one_checkpoint_is_whole_whichever_operation_is_the_last(self, killed):
         folder, _, statuses = killed
