@@ -573,27 +573,6 @@ RECIPES = {
 }
 
 
-def choose_recipe(cfg):
-    """The row of RECIPES that a run follows. Raises InputError where there is none.
-
-    --recipe unset: the method's own. --follow unset: code where it has such a row, else paper.
-    """
-    method = METHODS[cfg.method]
-    name = cfg.recipe or method.recipe
-    follow = cfg.follow or ("code" if (name, "code") in RECIPES else "paper")
-    if (name, follow) not in RECIPES:
-        known = ", ".join(" ".join(row) for row in RECIPES)
-        raise InputError(f"--recipe {name} --follow {follow}: not one of {known}")
-    recipe = RECIPES[name, follow]
-    if cfg.clip_eps is not None:
-        recipe = replace(recipe, clip_eps=cfg.clip_eps)
-    if cfg.entropy_coef is not None:
-        recipe = replace(recipe, entropy_coef=cfg.entropy_coef)
-    if not method.rollouts:
-        recipe = replace(recipe, entropy_coef=0.0)  # SFT is the likelihood alone
-    return recipe
-
-
 # =================================================================================================
 # §4 One training step
 
@@ -628,37 +607,6 @@ def train_step(student, optimizer, problems):
         "tokens": student.tokens_sampled,
         "example": readable(problems[0], rollouts[0], groups[0]),
     }
-
-
-def readable(problem, rollouts, group):
-    """One problem of a step, to be read: the student's rollouts, then what guidance brought."""
-    guidance = [sample for sample in group if sample.source != "student"]
-    responses = []
-    for sample in rollouts + guidance:
-        response = {"source": sample.source, "correct": sample.correct, "reward": sample.reward}
-        responses.append(response | {"text": sample.text})
-    return {"question": problem.question, "answer": problem.answer, "responses": responses}
-
-
-def encode(tokenizer, text):
-    """Token ids of a text, without those that the tokenizer would put around it."""
-    return tokenizer(text, add_special_tokens=False).input_ids
-
-
-def encode_prompt(tokenizer, question, system=""):
-    """Token ids of a user message in the model's own chat template, up to where it answers."""
-    messages = [{"role": "user", "content": question}]
-    if system:
-        messages = [{"role": "system", "content": system}] + messages
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=False
-    )
-
-
-def prompt_of(student, problem, message=""):
-    """The prompt of a problem: of its question, or of another message in its place."""
-    system = problem.system or student.cfg.system
-    return encode_prompt(student.tokenizer, message or problem.question, system)
 
 
 def verdict(recipe, problem, text):
@@ -743,27 +691,6 @@ def with_gae(student, group):
             sample = replace(sample, advantages=a[keep].tolist(), old_values=v[keep].tolist())
             done.append(sample)
     return done
-
-
-def micro_batches(samples, budget):
-    """Longest first, as many samples together as keep rows · longest within `budget` tokens."""
-    def size(sample):
-        return len(sample.prompt) + len(sample.ids)
-
-    batches = []
-    for sample in sorted(samples, key=size, reverse=True):
-        if not batches or (len(batches[-1]) + 1) * size(batches[-1][0]) > budget:
-            batches.append([])
-        batches[-1].append(sample)
-    return batches
-
-
-def score_samples(student, batch):
-    """score() of a micro-batch on the prompts it trains on: logps, mask, entropy, values."""
-    prompts = [sample.prompt for sample in batch]
-    responses = [sample.ids for sample in batch]
-    value_head = student.value_head if student.cfg.advantage == "gae" else None
-    return score(student.model, prompts, responses, student.cfg.temperature, value_head)
 
 
 def update(student, optimizer, groups):
@@ -856,33 +783,6 @@ def optimizer_step(student, optimizer):
         for low, high in zip(student.rollout_model.parameters(), parameters):
             low.data.copy_(high.data)
     return grad_norm
-
-
-def step_metrics(rollouts, groups, updates):
-    """Reward, failures, entropy and length are those of the student's plain rollouts, so that
-    curves compare across methods. The entropy is the mean of -log p over sampled tokens: unbiased,
-    and free.
-    """
-    own = flatten(rollouts)
-    failed = [needs_guidance(group) for group in rollouts if group]
-    rescued = [was and not needs_guidance(group) for was, group in zip(failed, groups)]
-    sources = Counter(sample.source for sample in flatten(groups))
-    total = Counter()
-    for sums in updates:
-        total.update(sums)
-    grad_norm = total["grad_norm"] / len(updates)
-    return {
-        "reward": mean([sample.reward for sample in own]),
-        "fail_rate": mean(failed),
-        "rescued": mean(rescued),
-        "entropy": mean([-logp for logp in flatten([sample.old_logps for sample in own])]),
-        "response_length": mean([len(sample.ids) for sample in own]),
-        "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
-        "clip_fraction": total["clipped"] / max(1, total["tokens"]),
-        # sampler against trainer, before any update
-        "logp_gap": updates[0]["gap"] / max(1, updates[0]["tokens"]),
-        "sources": sources,
-    }
 
 
 def mean(values):
@@ -990,8 +890,50 @@ def has_bfloat16(device):
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def micro_batches(samples, budget):
+    """Longest first, as many samples together as keep rows · longest within `budget` tokens."""
+    def size(sample):
+        return len(sample.prompt) + len(sample.ids)
+
+    batches = []
+    for sample in sorted(samples, key=size, reverse=True):
+        if not batches or (len(batches[-1]) + 1) * size(batches[-1][0]) > budget:
+            batches.append([])
+        batches[-1].append(sample)
+    return batches
+
+
+def score_samples(student, batch):
+    """score() of a micro-batch on the prompts it trains on: logps, mask, entropy, values."""
+    prompts = [sample.prompt for sample in batch]
+    responses = [sample.ids for sample in batch]
+    value_head = student.value_head if student.cfg.advantage == "gae" else None
+    return score(student.model, prompts, responses, student.cfg.temperature, value_head)
+
+
 # =================================================================================================
-# §6 Sampling with a KV cache
+# §6 Prompts, and sampling with a KV cache
+
+
+def encode(tokenizer, text):
+    """Token ids of a text, without those that the tokenizer would put around it."""
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def encode_prompt(tokenizer, question, system=""):
+    """Token ids of a user message in the model's own chat template, up to where it answers."""
+    messages = [{"role": "user", "content": question}]
+    if system:
+        messages = [{"role": "system", "content": system}] + messages
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=False
+    )
+
+
+def prompt_of(student, problem, message=""):
+    """The prompt of a problem: of its question, or of another message in its place."""
+    system = problem.system or student.cfg.system
+    return encode_prompt(student.tokenizer, message or problem.question, system)
 
 
 @torch.inference_mode()
@@ -1714,6 +1656,27 @@ def check_config(cfg):
     choose_recipe(cfg)
 
 
+def choose_recipe(cfg):
+    """The row of RECIPES that a run follows. Raises InputError where there is none.
+
+    --recipe unset: the method's own. --follow unset: code where it has such a row, else paper.
+    """
+    method = METHODS[cfg.method]
+    name = cfg.recipe or method.recipe
+    follow = cfg.follow or ("code" if (name, "code") in RECIPES else "paper")
+    if (name, follow) not in RECIPES:
+        known = ", ".join(" ".join(row) for row in RECIPES)
+        raise InputError(f"--recipe {name} --follow {follow}: not one of {known}")
+    recipe = RECIPES[name, follow]
+    if cfg.clip_eps is not None:
+        recipe = replace(recipe, clip_eps=cfg.clip_eps)
+    if cfg.entropy_coef is not None:
+        recipe = replace(recipe, entropy_coef=cfg.entropy_coef)
+    if not method.rollouts:
+        recipe = replace(recipe, entropy_coef=0.0)  # SFT is the likelihood alone
+    return recipe
+
+
 def load_problems(path):
     """Read a JSONL file of Problems. Raises OSError, or InputError naming file, line and field."""
     problems = []
@@ -2061,6 +2024,43 @@ def open_run(argv):
     elif out.is_file() or any(out.glob("*")):
         raise InputError(f"--out {out}: is taken; --resume continues it")
     return replace(cfg, out=str(out)), checkpoints[0] if checkpoints else None
+
+
+def step_metrics(rollouts, groups, updates):
+    """Reward, failures, entropy and length are those of the student's plain rollouts, so that
+    curves compare across methods. The entropy is the mean of -log p over sampled tokens: unbiased,
+    and free.
+    """
+    own = flatten(rollouts)
+    failed = [needs_guidance(group) for group in rollouts if group]
+    rescued = [was and not needs_guidance(group) for was, group in zip(failed, groups)]
+    sources = Counter(sample.source for sample in flatten(groups))
+    total = Counter()
+    for sums in updates:
+        total.update(sums)
+    grad_norm = total["grad_norm"] / len(updates)
+    return {
+        "reward": mean([sample.reward for sample in own]),
+        "fail_rate": mean(failed),
+        "rescued": mean(rescued),
+        "entropy": mean([-logp for logp in flatten([sample.old_logps for sample in own])]),
+        "response_length": mean([len(sample.ids) for sample in own]),
+        "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+        "clip_fraction": total["clipped"] / max(1, total["tokens"]),
+        # sampler against trainer, before any update
+        "logp_gap": updates[0]["gap"] / max(1, updates[0]["tokens"]),
+        "sources": sources,
+    }
+
+
+def readable(problem, rollouts, group):
+    """One problem of a step, to be read: the student's rollouts, then what guidance brought."""
+    guidance = [sample for sample in group if sample.source != "student"]
+    responses = []
+    for sample in rollouts + guidance:
+        response = {"source": sample.source, "correct": sample.correct, "reward": sample.reward}
+        responses.append(response | {"text": sample.text})
+    return {"question": problem.question, "answer": problem.answer, "responses": responses}
 
 
 def train(cfg, checkpoint=None, sampler=generate):
