@@ -346,13 +346,9 @@ def comprehension(model, tokenizer, problem, traces, mean="arithmetic", system="
     contexts = []
     answers = []
     for lead in leads:
-        before = encode(tokenizer, lead)
-        whole = encode(tokenizer, lead + problem.answer)
-        # A token may span mark and answer, as "{-" does. The answer begins with the first token
-        # that differs.
-        start = len(os.path.commonprefix([before, whole]))
-        contexts.append(prompt + whole[:start])
-        answers.append(whole[start:])
+        before, answer = cut_answer(tokenizer, lead, problem.answer)
+        contexts.append(prompt + before)
+        answers.append(answer)
     logps, mask = token_logps(model, contexts, answers)        # (B, T)
     scores = []
     for lead, row, row_mask in zip(leads, logps, mask):
@@ -380,6 +376,16 @@ def trace_lead(trace):
     if lead.endswith("<answer>"):
         return lead + " "
     return lead
+
+
+def cut_answer(tokenizer, lead, answer):
+    """Ids of lead + answer, cut where the answer begins: with the first token that it changes.
+
+    A token may span both, as "{-" does.
+    """
+    whole = encode(tokenizer, lead + answer)
+    start = len(os.path.commonprefix([encode(tokenizer, lead), whole]))
+    return whole[:start], whole[start:]
 
 
 def choose_traces(student, problem, k):
@@ -2063,6 +2069,12 @@ def readable(problem, rollouts, group):
     return {"question": problem.question, "answer": problem.answer, "responses": responses}
 
 
+def make_optimizer(student):
+    """AdamW over the model and its value head."""
+    weights = [*student.model.parameters(), *student.value_head.parameters()]
+    return torch.optim.AdamW(weights, student.cfg.lr, weight_decay=0.1, fused=True)
+
+
 def train(cfg, checkpoint=None, sampler=generate):
     """The whole run: training steps, two logs, checkpoints and the closing table."""
     out = Path(cfg.out)
@@ -2070,8 +2082,7 @@ def train(cfg, checkpoint=None, sampler=generate):
     responses_file = out / "responses.jsonl"
     student = load_student(str(checkpoint or cfg.model), cfg, sampler)
     problems, valid, sets = load_inputs(student)
-    weights = [*student.model.parameters(), *student.value_head.parameters()]
-    optimizer = torch.optim.AdamW(weights, cfg.lr, weight_decay=0.1, fused=True)
+    optimizer = make_optimizer(student)
     done = 0
     if checkpoint:
         done = restore(student, optimizer, checkpoint)
