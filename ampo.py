@@ -1,31 +1,34 @@
 """AMPO and its relatives in one file: RL with verifiable rewards, and guidance on failure.
 
-A language model samples G responses to each problem, a verifier marks them right or wrong, and
-the policy gradient makes the right ones likelier. Where every response is wrong there is nothing
-to learn from, and these are the problems one would most like to learn. The published answers
-stand here side by side, each in one small function guide_*:
+A language model, the student, samples a group of G responses to each problem. A verifier marks
+them right or wrong. The advantage A of a response is its reward minus the mean of its group, and
+the policy gradient makes responses with A > 0 likelier, those with A < 0 less likely. Where every
+response is wrong there is nothing to learn from, and these are the problems one would most like to
+learn. The published answers stand here side by side, each in one small function guide_*. A trace
+is a teacher's full response to a problem; slot 0 is the first place of a group:
 
     --method  which groups  the new responses        sampled with   trained with  off-policy
     grpo      -             -                        -              question      no
-    luffy     all           a teacher's, in slot 0   -              question      f, γ = 0.1
+    luffy     all           a trace, in slot 0       -              question      f, γ = 0.1
     ampo      all failed    the k traces that the    -              question      f, γ = 0.1
                             student comprehends best
-    guide     all failed    the student's            its hint       question      f, γ = P90
+    guide     all failed    the student's            its hint       question      f, γ measured
     ghpo      all failed    the student's            a prefix of    that prompt   no
                                                      the solution
     sft       all           all traces, no rollouts  -              question      log p
-    rl_sft    all           a teacher's, in slot 0   -              question      log p
+    rl_sft    all           a trace, in slot 0       -              question      log p
 
     python ampo.py                                   # AMPO on the embedded miniature
     python ampo.py --method grpo                     # another method; --help lists all flags
     python ampo.py eval --model runs/ampo-0/model    # pass@k of a checkpoint
 
 Every sample carries the prompt it is trained on, and old_logps, the log-probability of its tokens
-under whatever produced them: the sampler's, for guide those under the hint, and 0 for a trace,
-as π_φ is taken as 1. With ratio = exp(logps - old_logps), all methods share one objective:
+under whatever produced them: the sampler's, for guide those under the hint, and 0 for a trace: the
+teacher's own probability of it, π_φ, is taken as 1. With ratio = exp(logps - old_logps), all
+methods share one objective, to be maximised:
 
-    on-policy     min(ratio · A, clip(ratio, 1-ε, 1+ε) · A)
-    off-policy    A · f(ratio),   f(x) = x / (x + γ)
+    on-policy     min(ratio · A, clip(ratio, 1-ε, 1+ε) · A)      ε = 0.2, the clip
+    off-policy    A · f(ratio),   f(x) = x / (x + γ)             γ, the shaping
 
 The method: §1 what the file is about, §2 the objective, §3 guidance, §4 one training step. What
 runs it: §5 log-probabilities, §6 sampling, §7 answer verification, §8 running. Data flows one way:
@@ -36,7 +39,8 @@ a response, V vocabulary, H hidden size. Log-probabilities are in nats; `ids` ar
 
 Papers: AMPO arXiv 2510.02227, LUFFY 2504.14945, Guide 2506.13923, GHPO 2507.10628, GRPO
 2402.03300. How each of them turns rewards into a loss is a row of RECIPES. What else they do, and
-whether it is followed here, is listed in data/README.md.
+whether it is followed here, is listed in data/README.md. "(code)" and "(paper)" tell where a
+detail was read: in the authors' code or in their paper.
 
 Left out: KL penalty and dual clipping, several GPUs and serving engines (data/to_verl.py leads to
 verl), LoRA (peft), recurrent models (refused), rewards other than the verifier's, tools and chat.
@@ -60,8 +64,8 @@ from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 
-# OpenMP threads that wait keep their core busy. Beside one busy process on two cores, a step takes
-# half as long again with that.
+# OpenMP threads keep their core busy while they wait. Without this limit, and beside one other busy
+# process on two cores, a step takes half as long again.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import mpmath
@@ -95,14 +99,14 @@ class Sample:
 
     prompt: list              # ids it is trained on; it may have been sampled with others
     ids: list                 # response tokens, the end token included
-    old_logps: list           # one a token, under whatever produced it; 0 for a teacher's trace
+    old_logps: list           # one per token, under whatever produced it; 0 for a trace
     text: str
     correct: bool             # what the verifier says
     reward: float
     source: str = "student"   # student, hint, or a teacher's name
     off_policy: bool = False
-    advantages: list = ()     # one a token, from add_advantages
-    old_values: list = ()     # one a token, where there is a value head
+    advantages: list = ()     # one per token, from add_advantages
+    old_values: list = ()     # one per token, where there is a value head
     weight: float = 0.0       # of each of its tokens in one update, from token_weights
 
 
@@ -117,7 +121,7 @@ class Recipe:
     format_reward: float       # for an answer that can be read, right or wrong
     entropy_coef: float        # of the bonus, a mean over all response tokens of an update
     std_eps: float = 1e-6      # added to the standard deviation
-    trace_reward: float = None  # of every trace; None: the verifier decides
+    trace_reward: float = None  # of every trace, verified before; None: as for any response
 
 
 @dataclass(frozen=True)
@@ -128,13 +132,13 @@ class Method:
     recipe: str                   # its own conventions; --recipe chooses others
     needs: str = ""               # the field of Problem that it lives on
     rollouts: bool = True
-    imitates: bool = False        # traces: log-likelihood, outside the group's mean
+    imitates: bool = False        # traces are learnt by log p, with A = 1, outside the group's mean
     measured_gamma: bool = False  # Guide: γ is the 90th percentile of the guided ratio
 
 
 @dataclass
 class Student:
-    """The model in training and what it takes to sample from it."""
+    """What every step works with: the model in training, its sampler, the settings."""
 
     model: torch.nn.Module          # float32 weights
     rollout_model: torch.nn.Module  # what samples: the model itself; on a GPU a bfloat16 copy
@@ -178,8 +182,9 @@ def policy_objective(
     """The objective of each token, to be maximised (AMPO Eq. 7, LUFFY Eq. 6).
 
     on-policy rows:   min(ratio · A, clip(ratio, 1-ε, 1+ε) · A)
-    off-policy rows:  f(ratio) · A,  f(x) = x / (x + γ): tokens the student finds unlikely weigh
-                      most; shaping "ratio" takes x in place of f(x), "log" takes log x
+    off-policy rows:  f(ratio) · A,  f(x) = x / (x + γ). Its derivative by log x is γx / (x + γ)²:
+                      largest at x = γ, small for sure tokens and for hopeless ones. shaping
+                      "ratio" takes x in place of f(x), "log" takes log x.
 
     logps, old_logps (B, T); advantages (B,) or (B, T); off_policy (B,) bool -> (B, T), neither
     masked nor averaged. A trace has old_logps = 0: its ratio is the student's probability of the
@@ -209,7 +214,7 @@ def policy_objective(
 
 
 def token_weights(groups, recipe, max_new_tokens):
-    """The weight of each sample's tokens in the loss: for each group a number a sample.
+    """The weight of each sample's tokens in the loss: for each group a number per sample.
 
     All sums run over the whole update, so that the gradient cannot depend on how it is cut into
     micro-batches. recipe.average:
@@ -222,8 +227,8 @@ def token_weights(groups, recipe, max_new_tokens):
                   on-policy: mean over tokens
     """
     samples = flatten(groups)
-    traces = [sample for sample in samples if sample.off_policy]
-    rollout_tokens = tokens_of(samples) - tokens_of(traces)
+    off_policy = [sample for sample in samples if sample.off_policy]
+    on_policy_tokens = tokens_of(samples) - tokens_of(off_policy)
 
     def weight(sample, group):
         if recipe.average == "constant":
@@ -235,8 +240,8 @@ def token_weights(groups, recipe, max_new_tokens):
         if recipe.average == "tokens":
             return 1 / tokens_of(samples)
         if sample.off_policy:
-            return 1 / (len(traces) * len(sample.ids))
-        return 1 / rollout_tokens
+            return 1 / (len(off_policy) * len(sample.ids))
+        return 1 / on_policy_tokens
 
     weights = []
     for group in groups:
@@ -271,8 +276,8 @@ def gae(values, rewards, mask, gae_lambda=0.95):
 def value_loss(values, old_values, advantages, clip_eps=0.2):
     """Half the squared error of the value head against the returns, old values + A; all (B, T).
 
-    The error is at least that of values which moved by no more than clip_eps: customary in PPO,
-    though not in its paper.
+    Of two errors the larger one counts: that of the values, and that of the values clipped to old
+    values ± clip_eps. It is in PPO's code, not in its paper.
     """
     returns = old_values + advantages
     clipped = old_values + (values - old_values).clamp(-clip_eps, clip_eps)
@@ -289,7 +294,8 @@ def value_loss(values, old_values, advantages, clip_eps=0.2):
 
 
 def needs_guidance(group, trigger="fail"):
-    """fail: no rollout is correct (AMPO Eq. 3). half: fewer than half are (its second release).
+    """fail: no rollout is correct (AMPO Eq. 3). half: fewer than half are (AMPO's second release).
+    always: every group.
 
     >>> needs_guidance([wrong, wrong]), needs_guidance([wrong, right])
     (True, False)
@@ -307,7 +313,8 @@ def needs_guidance(group, trigger="fail"):
 def teacher_samples(student, problem):
     """The problem's traces as off-policy samples. π_φ is taken as 1, so old_logps are 0.
 
-    Traces longer than the student may write are left out.
+    Traces longer than the student may write are left out. `correct` is what the verifier says,
+    whatever the recipe's trace_reward.
 
     >>> [(s.source, len(s.ids), s.reward) for s in teacher_samples(student, problem)]
     [('undo', 41, 1.0), ('work', 28, 1.0), ('secant', 45, 1.0)]
@@ -328,12 +335,12 @@ def teacher_samples(student, problem):
 
 @torch.no_grad()
 def comprehension(model, tokenizer, problem, traces, mean="arithmetic", system=""):
-    """How well the student understands each trace: r_p, the probability of the gold answer after
+    r"""How well the student understands each trace: r_p, the probability of the gold answer after
     it (AMPO Eq. 5).
 
     The gold answer takes the place of the trace's final answer, and only its tokens are scored.
     mean: "arithmetic", of the tokens' probabilities (code), or "geometric" (paper: exp of the mean
-    log p). Returns a number in [0, 1] for each trace, 0 for one without \\boxed{ or <answer>.
+    log p). Returns a number in [0, 1] for each trace, 0 for one without \boxed{ or <answer>.
 
     >>> traces = [problem.teachers["undo"], problem.teachers["secant"], "20+4=24"]
     >>> [round(r, 1) for r in comprehension(student.model, student.tokenizer, problem, traces)]
@@ -364,10 +371,12 @@ def comprehension(model, tokenizer, problem, traces, mean="arithmetic", system="
 
 
 def trace_lead(trace):
-    """A trace up to where its final answer begins, the space after <answer> included.
+    r"""A trace up to where its final answer begins; empty where it has no \boxed{ or <answer>.
 
-    >>> trace_lead("so <answer>5</answer>"), trace_lead("2+3 \\\\boxed{5}"), trace_lead("2+3=5")
-    ('so <answer> ', '2+3 \\\\boxed{', '')
+    A space follows <answer>: the trace's own, or one that is added (code).
+
+    >>> trace_lead("so <answer>5</answer>"), trace_lead(r"2+3 \boxed{5}"), trace_lead("2+3=5")
+    ('so <answer> ', '2+3 \\boxed{', '')
     """
     marks = list(re.finditer(r"\\boxed\{|<answer>\s*", trace))
     if not marks:
@@ -398,22 +407,27 @@ def choose_traces(student, problem, k):
     """
     cfg = student.cfg
     traces = sorted(teacher_samples(student, problem), key=lambda trace: len(trace.ids))
-    order = range(len(traces))                                 # --select shortest
+    order = list(range(len(traces)))                           # --select shortest
     if cfg.select == "longest":
-        order = reversed(order)
+        order.reverse()
     elif cfg.select == "random":
         order = torch.randperm(len(traces)).tolist()
     elif cfg.select == "comprehension":
-        mean = "geometric" if cfg.follow == "paper" else "arithmetic"
+        kind = mean_of(cfg)
         texts = [trace.text for trace in traces]
         scores = comprehension(
-            student.rollout_model, student.tokenizer, problem, texts, mean, cfg.system
+            student.rollout_model, student.tokenizer, problem, texts, kind, cfg.system
         )
         scores = torch.tensor(scores)
-        if mean == "arithmetic":
+        if kind == "arithmetic":
             scores = scores.bfloat16()  # as the official code does; its coarse steps make ties
         order = scores.argsort(descending=True, stable=True).tolist()
     return [traces[i] for i in order][:k]
+
+
+def mean_of(cfg):
+    """Which mean comprehension takes: the code's, or the paper's under --follow paper."""
+    return "geometric" if cfg.follow == "paper" else "arithmetic"
 
 
 def swap_in(traces, group):
@@ -431,7 +445,7 @@ def swap_in(traces, group):
 
 
 def guide_grpo(student, problems, groups):
-    """GRPO: nothing. A failed group stays without signal.
+    """GRPO: nothing. A failed group has no signal, but for a format reward where there is one.
 
     >>> guide_grpo(student, [problem], [[wrong] * 4]) == [[wrong] * 4]
     True
@@ -517,8 +531,8 @@ def guide_guide(student, problems, groups):
 def guide_ghpo(student, problems, groups):
     """GHPO: show more and more of the solution until a new group has a success.
 
-    It is trained on the prompt it was sampled with (Eq. 1). So is one that fails to the end: it
-    can still learn the format (code).
+    The new group is trained on the prompt it was sampled with (Eq. 1). The one at ω = ¾ is kept
+    even if it failed: its format can still be learnt (code).
 
     >>> (rescued,) = guide_ghpo(student, [problem], [[wrong] * 4])
     >>> {(s.source, s.off_policy, s.prompt == wrong.prompt) for s in rescued}
@@ -616,9 +630,9 @@ def train_step(student, optimizer, problems):
 
 
 def verdict(recipe, problem, text):
-    """Is a response correct, and what is its reward?
+    r"""Is a response correct, and what is its reward?
 
-    >>> texts = ["8-2=6 \\\\boxed{6/4}", "8-2=6 \\\\boxed{6}", "8-2=6"]
+    >>> texts = [r"8-2=6 \boxed{6/4}", r"8-2=6 \boxed{6}", "8-2=6"]
     >>> [verdict(student.recipe, problem, text) for text in texts]
     [(True, 1.0), (False, 0.1), (False, 0.0)]
     """
@@ -639,7 +653,9 @@ def rollout(student, problems, messages):
     (4, True)
     """
     cfg = student.cfg
-    prompts = [prompt_of(student, *pair) for pair in zip(problems, messages)]
+    prompts = []
+    for problem, message in zip(problems, messages):
+        prompts.append(prompt_of(student, problem, message))
     longest = max([len(prompt) for prompt in prompts], default=0) + cfg.max_new_tokens
     size = max(1, cfg.cache_tokens // (cfg.group_size * longest))
     responses = []
@@ -661,7 +677,7 @@ def rollout(student, problems, messages):
 
 
 def add_advantages(student, groups):
-    """The groups with the advantages of each sample, one a token."""
+    """The groups with the advantages of each sample, one per token."""
     cfg = student.cfg
     recipe = student.recipe
     done = []
@@ -720,7 +736,8 @@ def update(student, optimizer, groups):
         gamma = guided_gamma(student, with_signal)
     entropy_weight = recipe.entropy_coef / max(1, tokens_of(samples))
     sums = Counter()
-    student.model.train(cfg.gradient_checkpointing)  # which needs this mode; dropout is off
+    if cfg.gradient_checkpointing:
+        student.model.train()  # it acts in this mode alone; dropout is 0, see load_model
     for batch in micro_batches(samples, cfg.micro_tokens):
         loss, batch_sums = batch_loss(student, batch, gamma, entropy_weight)
         loss.backward()
@@ -749,7 +766,6 @@ def guided_gamma(student, samples):
 
 def batch_loss(student, batch, gamma, entropy_weight):
     """The loss of one micro-batch, and sums over its on-policy tokens for the log."""
-    cfg = student.cfg
     clip_eps = student.recipe.clip_eps
     logps, mask, entropy, values = score_samples(student, batch)                 # (B, T)
     device = logps.device
@@ -757,7 +773,7 @@ def batch_loss(student, batch, gamma, entropy_weight):
     advantages, _ = pad([sample.advantages for sample in batch], device)         # (B, T)
     weights = torch.tensor([sample.weight for sample in batch], device=device)   # (B,)
     off_policy = torch.tensor([sample.off_policy for sample in batch], device=device)
-    shaping = "log" if student.method.imitates else cfg.shaping
+    shaping = "log" if student.method.imitates else student.cfg.shaping
     objective = policy_objective(
         logps, old_logps, advantages, off_policy, clip_eps, gamma, shaping
     )
@@ -765,11 +781,17 @@ def batch_loss(student, batch, gamma, entropy_weight):
         old_values, _ = pad([sample.old_values for sample in batch], device)
         objective = objective - value_loss(values, old_values, advantages, clip_eps)
     loss = -(weights[:, None] * mask * objective).sum() - entropy_weight * entropy.sum()
+    log_ratio = (logps.detach() - old_logps)[mask & ~off_policy[:, None]]        # (tokens,)
+    return loss, ratio_sums(log_ratio, clip_eps)
 
-    log_ratio = (logps.detach() - old_logps)[mask & ~off_policy[:, None]]
+
+def ratio_sums(log_ratio, clip_eps):
+    """For the log, sums over tokens: their number, ratios outside 1 ± ε, how far log ratios are
+    from 0.
+    """
     clipped = (log_ratio.exp() - 1).abs() > clip_eps
     gap = log_ratio.abs().sum().item()
-    return loss, {"tokens": len(log_ratio), "clipped": clipped.sum().item(), "gap": gap}
+    return {"tokens": len(log_ratio), "clipped": clipped.sum().item(), "gap": gap}
 
 
 def optimizer_step(student, optimizer):
@@ -1616,9 +1638,9 @@ class Config:
     resume: bool = False                  # continue --out with its own flags and those given now
     seed: int = 0                         # of the sampling and of the order of the problems
     steps: int = 250                      # training steps
-    prompts_per_step: int = 32            # P: problems a step
-    group_size: int = 8                   # G: rollouts a problem
-    num_minibatches: int = 2              # optimizer updates a step
+    prompts_per_step: int = 32            # P: problems per step
+    group_size: int = 8                   # G: rollouts per problem
+    num_minibatches: int = 2              # optimizer updates per step, at most
     max_new_tokens: int = 128             # longest response
     temperature: float = 1.0              # of the rollouts, and of what is trained
     lr: float = 2e-4                      # of AdamW; 1e-6 for models of a billion parameters
@@ -1635,7 +1657,7 @@ class Config:
     cache_tokens: int = 40000             # tokens in the KV cache of one sampling pass: likewise
     gradient_checkpointing: bool = False  # less memory, one more forward pass
     eval_every: int = 100                 # steps between looks at valid.jsonl; 0: no evaluation
-    samples: int = 32                     # samples a problem in evaluations
+    samples: int = 32                     # samples per problem in evaluations
     save_every: int = 50                  # steps between checkpoints
 
 
@@ -1652,8 +1674,10 @@ CHOICES = {
 def check_config(cfg):
     """Raise InputError for settings that cannot be."""
     for name, value in asdict(cfg).items():
-        least = 0 if name in ("seed", "eval_every") or isinstance(value, float) else 1
-        if type(value) in (int, float) and not value >= least:
+        least = 1 if type(value) is int else 0
+        if name in ("seed", "eval_every"):
+            least = 0
+        if type(value) in (int, float) and not value >= least:  # nan is refused, too
             raise InputError(f"--{name} {value}: must be at least {least}")
     if cfg.group_size < 2:
         raise InputError("--group_size 1: nothing to compare a response with")
@@ -1674,12 +1698,12 @@ def choose_recipe(cfg):
         known = ", ".join(" ".join(row) for row in RECIPES)
         raise InputError(f"--recipe {name} --follow {follow}: not one of {known}")
     recipe = RECIPES[name, follow]
+    if not method.rollouts:
+        recipe = replace(recipe, entropy_coef=0.0)  # SFT is the likelihood alone
     if cfg.clip_eps is not None:
         recipe = replace(recipe, clip_eps=cfg.clip_eps)
     if cfg.entropy_coef is not None:
         recipe = replace(recipe, entropy_coef=cfg.entropy_coef)
-    if not method.rollouts:
-        recipe = replace(recipe, entropy_coef=0.0)  # SFT is the likelihood alone
     return recipe
 
 
@@ -1706,7 +1730,9 @@ def parse_problem(line, where):
         raise InputError(f"{where}: not a JSON object, or 'teachers' is none: {error}")
     texts = {name: row.get(name) or "" for name in ("question", "hint", "solution", "system")}
     answer = row.get("answer")
-    texts["answer"] = "" if answer is None else str(answer)
+    if type(answer) in (int, float):
+        answer = str(answer)
+    texts["answer"] = answer or ""
     for name, text in [*texts.items(), *teachers.items()]:
         if not isinstance(text, str):
             raise InputError(f"{where}: field '{name}' must be text")
@@ -1796,7 +1822,8 @@ def load_model(path):
     except Exception as error:  # one bad folder raises errors of many kinds
         raise InputError(f"{path}: no model that can be loaded: {error}")
     for weight in model.parameters():
-        weight.data = weight.data.clone()  # a mapped file is aligned, and so rounds, otherwise
+        # Weights mapped from a file are aligned otherwise, and sums of them round otherwise.
+        weight.data = weight.data.clone()
     if tokenizer.chat_template is None:
         print(f"{path}: no chat template; a plain one is used, and saved with the checkpoints")
         tokenizer.chat_template = PLAIN_TEMPLATE
@@ -1814,8 +1841,8 @@ def check_model(path, model, tokenizer, cfg, sampler):
         one = encode_prompt(tokenizer, "1+1?", cfg.system)
         other = encode_prompt(tokenizer, "2+2?", cfg.system)
         groups = sampler(model, prompts, 1, 4)
-        responses = [ids for (ids, _), in groups]
-        sampled = torch.tensor([logps for (_, logps), in groups])
+        responses = [group[0][0] for group in groups]
+        sampled = torch.tensor([group[0][1] for group in groups])
         scored, _ = token_logps(model, prompts, responses)
     except Exception as error:
         raise InputError(f"{path}: cannot be sampled from: {error}")
@@ -1898,7 +1925,7 @@ def evaluate(student, problems, samples, temperature=0.6):
     groups = rollout(replace(student, cfg=cfg), problems, questions)
     right = [sum(sample.correct for sample in group) for group in groups]
     scores = {}
-    for k in [2**i for i in range(samples.bit_length())] + [samples]:
+    for k in [2**i for i in range(samples.bit_length())] + [samples]:  # 1, 2, 4 ... and samples
         scores[f"pass@{k}"] = mean([pass_at_k(samples, correct, k) for correct in right])
     scores["n"] = len(problems)
     scores["length"] = mean([len(sample.ids) for sample in flatten(groups)])
@@ -1968,7 +1995,7 @@ def restore(student, optimizer, checkpoint):
     Random numbers need no saving: each step seeds its own.
     """
     try:
-        state = torch.load(checkpoint / "state.pt", weights_only=True)
+        state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
         student.value_head.load_state_dict(state["value_head"])
     except Exception as error:  # a damaged file raises errors of many kinds
@@ -2017,7 +2044,7 @@ def open_run(argv):
     """
     cfg = parse_flags(argv)
     out = Path(cfg.out or f"runs/{cfg.method}-{cfg.seed}")
-    checkpoints = []
+    checkpoint = None
     if cfg.resume:
         if not (out / "run.json").exists():
             raise InputError(f"--resume: {out} holds no run to continue, or one of an older "
@@ -2026,10 +2053,12 @@ def open_run(argv):
         cfg = parse_flags(argv, saved)
         if cfg.model != saved["model"]:
             raise InputError("--resume --model: a run goes on from its own checkpoint")
-        checkpoints = [out / name for name in ("model", "model.old") if (out / name).exists()]
+        for name in ("model.old", "model"):
+            if (out / name).exists():
+                checkpoint = out / name
     elif out.is_file() or any(out.glob("*")):
         raise InputError(f"--out {out}: is taken; --resume continues it")
-    return replace(cfg, out=str(out)), checkpoints[0] if checkpoints else None
+    return replace(cfg, out=str(out)), checkpoint
 
 
 def step_metrics(rollouts, groups, updates):
@@ -2043,7 +2072,7 @@ def step_metrics(rollouts, groups, updates):
     sources = Counter(sample.source for sample in flatten(groups))
     total = Counter()
     for sums in updates:
-        total.update(sums)
+        total.update(sums)  # a Counter adds
     grad_norm = total["grad_norm"] / len(updates)
     return {
         "reward": mean([sample.reward for sample in own]),

@@ -124,18 +124,13 @@ def answer_after(student, problem, trace):
     return list(zip(token_texts(student.tokenizer, answer), logps[0].exp().tolist()))
 
 
-def mean_of(cfg):
-    """The mean in comprehension, as choose_traces takes it."""
-    return "geometric" if cfg.follow == "paper" else "arithmetic"
-
-
 @torch.no_grad()
 def read_traces(student, problem):
     """What the student thinks of each teacher's trace that is not too long for it."""
     samples = ampo.teacher_samples(student, problem)
     scores = ampo.comprehension(
         student.rollout_model, student.tokenizer, problem, [sample.text for sample in samples],
-        mean_of(student.cfg), student.cfg.system,
+        ampo.mean_of(student.cfg), student.cfg.system,
     )
     traces = []
     for sample, score in zip(samples, scores):
@@ -337,9 +332,9 @@ def traces_view(step, guided):
     cfg = step.student.cfg
     left_out = sorted(set(step.problem.teachers) - {trace.name for trace in step.before})
     says = (
-        f"Comprehension r is the {mean_of(cfg)} mean of the probabilities that the student gives "
-        "the gold answer's tokens after the trace (Eq. 5). The bars show them. Those chosen (--k "
-        f"{cfg.k}, --select {cfg.select}) replace wrong rollouts drawn at random (Eq. 4)."
+        f"Comprehension r is the {ampo.mean_of(cfg)} mean of the probabilities that the student "
+        "gives the gold answer's tokens after the trace (Eq. 5). The bars show them. Those chosen "
+        f"(--k {cfg.k}, --select {cfg.select}) replace wrong rollouts drawn at random (Eq. 4)."
     )
     if left_out:
         says += f" Longer than --max_new_tokens: {', '.join(left_out)}."

@@ -5,6 +5,7 @@ import os
 import re
 import statistics
 import sys
+import textwrap
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -192,7 +193,7 @@ class Test_parse_problem:
 
     @pytest.mark.parametrize("field, value", [
         ("question", " "), ("question", {"a": "b"}), ("answer", " "), ("answer", ["1"]),
-        ("hint", ["h"]), ("teachers", ["t"]), ("teachers", "t"), ("system", 5),
+        ("answer", [1, 2]), ("answer", True), ("hint", ["h"]), ("teachers", ["t"]), ("teachers", "t"), ("system", 5),
         ("solution", {"a": "b"}), ("answer", "1/0"), ("answer", "?"), ("answer", "{"),
     ])
     def test_names_the_field(self, field, value):
@@ -646,6 +647,25 @@ class Test_main:
         expect("what train gets", calls, [(ampo.Config(seed=5, out="run"), None, max)])
         ampo.main([])
         expect("the seed of no flags", calls[1][0].seed, 0)
+
+
+def test_a_reward_of_your_own_as_the_readme_has_it(tmp_path, monkeypatch):
+    """Its three lines, run on four problems: they, not ampo.py's verifier, say what is right."""
+    lines = re.search(r"( {4}import ampo .*\n(?: {4}.*\n)+)", (HERE / "README.md").read_text())[1]
+    data = tmp_path / "four.jsonl"
+    data.write_text("".join(open(HERE / "data/valid.jsonl").readlines()[:4]))
+    out = tmp_path / "run"
+    flags = f"--method grpo --model {BASE} --data {data} --out {out} --steps 1"
+    flags += " --prompts_per_step 4 --eval_every 0"
+    monkeypatch.setattr(sys, "argv", ["mine.py", *flags.split()])
+    monkeypatch.setattr(ampo, "verify", ampo.verify)  # and put back after the test
+    with pytest.raises(SystemExit) as end:
+        exec(textwrap.dedent(lines), {})
+    expect("exit status", end.value.code, 0)
+    example = json.loads((out / "responses.jsonl").read_text())
+    wanted = [example["answer"] in r["text"] for r in example["responses"]]
+    expect("verdicts", [r["correct"] for r in example["responses"]], wanted)
+    assert len(wanted) == 8
 
 
 class Test_token_list:
