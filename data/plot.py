@@ -4,7 +4,7 @@
     python data/plot.py runs/ampo-0 runs/grpo-0     # writes runs.png
     python data/plot.py                             # writes the study's figures to data/results
 
-The study's figures, from results/table.py's file or the one that --results names:
+The study's figures, from results/runs.jsonl or the file that --results names:
 
     curves.png     reward, failed groups and entropy over the training steps
     pass_at_k.png  pass@k of base, grpo and ampo on test
@@ -145,8 +145,9 @@ def draw_curves(part, path):
 
 
 def points(values):
-    """The training step in the middle of each bin of a curve."""
-    return [study.BIN * (i + 0.5) for i in range(len(values))]
+    """The training step in the middle of each bin of a curve of the main part."""
+    width = study.STUDY["main"].bin
+    return [width * (i + 0.5) for i in range(len(values))]
 
 
 def mean_pass_at_k(row, levels, k):
@@ -251,7 +252,7 @@ def draw_study(results, folder):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("runs", nargs="*", help="folders of runs; none: the study's figures")
-    parser.add_argument("--results", type=Path, default=table.PUBLISHED,
+    parser.add_argument("--results", type=Path, default=study.RESULTS,
                         help="lines of the study, written by study.py")
     parser.add_argument("--out", type=Path,
                         help="where to draw: a file for runs [runs.png], else a folder")

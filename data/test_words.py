@@ -244,7 +244,8 @@ class Test_like_smollm2:
         assert (metrics["grad_norm"] > 0) == (teachers > 0)
 
     def test_what_is_saved_stays_tied_and_ends_with_im_end(self, checkpoint, folder, tmp_path):
-        train_once(checkpoint, folder, tmp_path, "ampo", "--max_new_tokens", "90", "--lr", "0.01")
+        flags = "--max_new_tokens 90 --lr 0.01 --k 1"
+        train_once(checkpoint, folder, tmp_path, "ampo", *flags.split())
         before, _ = ampo.load_model(str(checkpoint))
         after, tokenizer = ampo.load_model(str(tmp_path / "model"))
         assert after.lm_head.weight is after.model.embed_tokens.weight

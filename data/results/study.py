@@ -5,17 +5,17 @@
     python data/results/study.py main own     # only these parts
 
 Each run is a process with one thread. When it ends, a JSON line is added to runs.jsonl: its flags,
-its learning curves in means of ten steps, and for each evaluation set how many of 32 samples
-solved each problem. A run that was cut off goes on from its last checkpoint (in runs/study).
-table.py and ../plot.py read the lines.
+its learning curves in means of some steps, and for each evaluation set how many samples solved
+each problem. A run that was cut off goes on from its last checkpoint (in runs/study). table.py and
+../plot.py read the lines.
 
---first runs the list of the first version's study with today's code, into runs_first.jsonl.
-runs_v1.jsonl holds what the first version's code gave.
+The part "words" takes a real language model: ../smollm.py makes it, ../words.py its problems.
 """
 import argparse
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -30,12 +30,10 @@ ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 import ampo
 
-SAMPLES = 32  # to each problem of an evaluation
 TEMPERATURE = 0.6
-BIN = 10  # steps that make one point of a curve
 VALID = ["valid"]
 TEST = ["test"]
-ALL = ["test", "ood_letters", "ood_phrasings", "ood_swapped", "ood_deeper", "ood_forward"]
+ALL = ["test", "ood_letters", "ood_phrasings", "ood_swapped", "ood_orders", "ood_forward"]
 
 # =================================================================================================
 # The runs
@@ -53,10 +51,13 @@ class Part:
     sets: list   # what it is evaluated on, files in data/
     flags: str   # of all its runs, before their own
     table: str
+    samples: int = 32  # to each problem of an evaluation
+    bin: int = 10      # steps that make one point of a curve
 
 
 DATA = "runs/data"
-UNTRAINED = "untrained"  # in place of flags: the base model itself
+EVERYWHERE = "everywhere"  # a file in DATA: one teacher, which solves every problem as work does
+UNTRAINED = "untrained"    # in place of flags: the base model itself
 
 SWEEP = """
     grpo lr=1e-4   100-100  --method grpo --lr 1e-4
@@ -96,14 +97,18 @@ OWN = """
     grpo under ampo, paper        0-4  --method grpo --recipe ampo --follow paper
 """
 
+# No form of problem has more than three teachers: k=3 takes all of them.
 ABLATIONS = """
     ampo                       0-4
     select random              0-4  --select random
     select shortest            0-4  --select shortest
     select longest             0-4  --select longest
     k=1                        0-4  --k 1
+    k=1, random                0-4  --k 1 --select random
+    k=1, shortest              0-4  --k 1 --select shortest
+    k=1, longest               0-4  --k 1 --select longest
     k=3                        0-4  --k 3
-    k=4                        0-4  --k 4
+    teachers work everywhere   0-4  --data runs/data/everywhere.jsonl
     teachers undo              0-4  --data runs/data/undo.jsonl
     teachers work              0-4  --data runs/data/work.jsonl
     teachers expand            0-4  --data runs/data/expand.jsonl
@@ -119,65 +124,60 @@ ABLATIONS = """
     gamma=1                    0-4  --gamma 1
 """
 
+# A real language model. The learning rate is that of the better one of two AMPO runs on valid.
+SMOLLM = "--recipe ampo --model data/smollm2"
+WORDS_FLAGS = (
+    f"{SMOLLM} --data data/words/train.jsonl --prompts_per_step 8 --group_size 4 "
+    "--max_new_tokens 48 --micro_tokens 512"
+)
+SCHOOL_FLAGS = (
+    f"{SMOLLM} --data data/school/train.jsonl --prompts_per_step 4 --group_size 4 "
+    "--max_new_tokens 128 --micro_tokens 512"
+)
+WORDS_SWEEP = """
+    ampo lr=2e-5  100-100  --method ampo --lr 2e-5
+    ampo lr=5e-5  100-100  --method ampo --lr 5e-5
+"""
+WORDS = """
+    base   0-0  untrained
+    grpo   0-2  --method grpo
+    ampo   0-2  --method ampo
+    guide  0-0  --method guide
+    ghpo   0-0  --method ghpo
+    sft    0-0  --method sft
+"""
+
+# GSM8K's test problems with the solutions of four real language models: 1,000 for training, 319 for
+# test. ../README.md says how they are made.
+SCHOOL = """
+    base  0-0  untrained
+    grpo  0-0  --method grpo
+    ampo  0-0  --method ampo
+"""
+
 STUDY = {
     "sweep": Part(VALID, "--recipe ampo --steps 250", SWEEP),
     "main": Part(ALL, "--recipe ampo --steps 250", MAIN),
     "own": Part(ALL, "--steps 250", OWN),
     "ablations": Part(TEST, "--method ampo --recipe ampo --steps 150", ABLATIONS),
+    "words sweep": Part(["words/valid"], f"{WORDS_FLAGS} --steps 40", WORDS_SWEEP, 8, 4),
+    "words": Part(["words/test", "words/ood_longer"], f"{WORDS_FLAGS} --steps 40 --lr 2e-5",
+                  WORDS, 8, 4),
+    "school": Part(["school/test"], f"{SCHOOL_FLAGS} --steps 40 --lr 2e-5", SCHOOL, 4, 4),
 }
 
-# The first study. It trained every method under AMPO's conventions, but for LUFFY's clip.
-FIRST_MAIN = """
-    base              0-7  untrained
-    grpo              0-7  --method grpo
-    ampo              0-7  --method ampo
-    sft               0-4  --method sft
-    luffy             0-4  --method luffy --clip_eps inf
-    guide             0-7  --method guide
-    ghpo              0-7  --method ghpo
-    grpo, more steps  0-4  --method grpo --steps 400
-    sft+grpo          0-4  --method sft --steps 125 THEN --method grpo --steps 125
-"""
-
-FIRST_ABLATIONS = """
-    ampo                0-2
-    select random       0-2  --select random
-    select shortest     0-2  --select shortest
-    select longest      0-2  --select longest
-    k=1                 0-2  --k 1
-    k=3                 0-2  --k 3
-    k=4                 0-2  --k 4
-    teachers undo       0-2  --k 1 --data runs/data/undo.jsonl
-    teachers work       0-2  --k 1 --data runs/data/work.jsonl
-    teachers expand     0-2  --k 1 --data runs/data/expand.jsonl
-    teachers secant     0-2  --k 1 --data runs/data/secant.jsonl
-    teachers undo,work  0-2  --data runs/data/undo,work.jsonl
-    always              0-2  --trigger always
-    v2's trigger        0-2  --trigger half
-    follow paper        0-2  --follow paper
-    gamma=0.01          0-2  --gamma 0.01
-    gamma=1             0-2  --gamma 1
-"""
-
-FIRST_CLAIMS = """
-    select random       0-4  --method ampo --select random
-    teachers work       0-4  --method ampo --k 1 --data runs/data/work.jsonl
-    ampo, follow paper  0-4  --method ampo --follow paper
-    grpo, follow paper  0-4  --method grpo --follow paper
-"""
-
-FIRST_STUDY = {
-    "sweep": Part(VALID, "--recipe ampo --steps 250", SWEEP),
-    "main": Part(ALL, "--recipe ampo --steps 250", FIRST_MAIN),
-    "ablations": Part(TEST, "--method ampo --recipe ampo --steps 100", FIRST_ABLATIONS),
-    "claims": Part(ALL, "--recipe ampo --steps 250", FIRST_CLAIMS),
-}
-
-# For the estimate: seconds of one quiet core for a training step, and for a problem evaluated.
+# For the estimate: seconds of one quiet core for a training step, and for an evaluation (8 unless
+# listed).
 STEP_SECONDS = {
     "grpo": 0.8, "sft": 0.7, "ampo": 1.3, "rl_sft": 1.9, "luffy": 1.9, "guide": 1.6, "ghpo": 1.8,
 }
-PROBLEM_SECONDS = 0.06
+SMOLLM_STEP_SECONDS = {"grpo": 30, "sft": 36, "ampo": 50, "guide": 60, "ghpo": 85}
+SET_SECONDS = {
+    "test": 15, "words/test": 240, "words/valid": 120, "words/ood_longer": 120, "school/test": 600,
+}
+
+RESULTS = HERE / "runs.jsonl"
+RUNS = ROOT / "runs" / "study"
 
 
 @dataclass(frozen=True)
@@ -187,25 +187,16 @@ class Run:
     part: str
     name: str
     seed: int
-    sets: list
     trainings: list  # the flags of each, a list; none for the base model itself
 
     def key(self):
         return self.part, self.name, self.seed
 
 
-def files_of(first):
-    """The results file of a study, and the folder of its runs; `first`: of the first study."""
-    if first:
-        return HERE / "runs_first.jsonl", ROOT / "runs" / "study_first"
-    return HERE / "runs.jsonl", ROOT / "runs" / "study"
-
-
 def runs_of(study, parts):
     """All Runs of these parts, seed by seed: a study cut short has all methods of some seeds."""
     runs = []
     for part in parts:
-        sets = study[part].sets
         of_part = []
         for line in study[part].table.strip().splitlines():
             name, seeds, flags = (re.split(r"\s{2,}", line.strip()) + [""])[:3]
@@ -215,7 +206,7 @@ def runs_of(study, parts):
                     trainings.append(study[part].flags.split() + own.split())
             first, last = seeds.split("-")
             for seed in range(int(first), int(last) + 1):
-                of_part.append(Run(part, name, seed, sets, trainings))
+                of_part.append(Run(part, name, seed, trainings))
         runs += sorted(of_part, key=attrgetter("seed"))
     return runs
 
@@ -234,12 +225,15 @@ def done(path):
 
 def filter_teachers(path):
     """Write the training set with the traces of the teachers that the file's name lists."""
-    names = path.stem.split(",")
     lines = []
     for line in open(ROOT / "data" / "train.jsonl"):
         row = json.loads(line)
         teachers = row["teachers"]
-        row["teachers"] = {name: teachers[name] for name in names if name in teachers}
+        if path.stem == EVERYWHERE:
+            row["teachers"] = {"work": row["solution"]}
+        else:
+            names = path.stem.split(",")
+            row["teachers"] = {name: teachers[name] for name in names if name in teachers}
         lines.append(json.dumps(row) + "\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(f".{os.getpid()}")  # another run may be reading the file
@@ -262,8 +256,8 @@ def train(flags, seed, out):
         raise RuntimeError(f"ampo.py ended with {status}: {' '.join(argv)}")
 
 
-def curves(metrics_file):
-    """metrics.jsonl -> {column: a value for every BIN steps}, and the seconds in all.
+def curves(metrics_file, width):
+    """metrics.jsonl -> {column: a value for every `width` steps}, and the seconds in all.
 
     Means; None where a method has no rollouts of its own. sources: {name: samples trained on}.
     """
@@ -273,7 +267,7 @@ def curves(metrics_file):
     )
     points = {column: [] for column in columns}
     points["sources"] = []
-    for chunk in ampo.chunks(rows, BIN):
+    for chunk in ampo.chunks(rows, width):
         for column in columns:
             values = [row[column] for row in chunk]
             point = None if None in values else round(ampo.mean(values), 5)
@@ -286,11 +280,11 @@ def curves(metrics_file):
     return points, round(seconds)
 
 
-def evaluate(model, seed, name):
+def evaluate(model, cfg, name, samples):
     """How a model does on one set: how often it solves each problem, length, entropy."""
-    student = ampo.load_student(str(model), ampo.Config(seed=seed))
+    student = ampo.load_student(str(model), cfg)
     problems = ampo.load_problems(ROOT / "data" / f"{name}.jsonl")
-    scores, groups = ampo.evaluate(student, problems, SAMPLES, TEMPERATURE)
+    scores, groups = ampo.evaluate(student, problems, samples, TEMPERATURE)
     solved = []
     surprises = []
     for group in groups:
@@ -300,21 +294,27 @@ def evaluate(model, seed, name):
     return {"solved": solved, "length": scores["length"], "entropy": ampo.mean(surprises)}
 
 
-def train_and_evaluate(run, folder):
+def train_and_evaluate(run, part, folder):
     """Do one run in this process. Returns its line of the results file, as a dictionary."""
-    row = {"part": run.part, "name": run.name, "seed": run.seed, "samples": SAMPLES}
-    row["flags"] = [" ".join(flags) for flags in run.trainings]
-    model = ROOT / "data" / "base"
+    row = {
+        "part": run.part, "name": run.name, "seed": run.seed,
+        "samples": part.samples, "bin": part.bin,
+        "flags": [" ".join(flags) for flags in run.trainings],
+    }
+    cfg = ampo.parse_flags(part.flags.split() + ["--seed", str(run.seed)])
+    model = ROOT / cfg.model
     for number, flags in enumerate(run.trainings):
         name = f"{run.part}-{run.name}-{run.seed}".replace(" ", "_")
         if number < len(run.trainings) - 1:
             name += f"-training{number}"
         out = folder / name
         train([*flags, "--model", str(model)], run.seed, out)
-        row["curves"], row["seconds"] = curves(out / "metrics.jsonl")
+        row["curves"], row["seconds"] = curves(out / "metrics.jsonl", part.bin)
         model = out / "model"
-    for name in run.sets:
-        row[name] = evaluate(model, run.seed, name)
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    row["memory"] = round(kilobytes * 1024 / 1e9, 2)  # the peak in GB
+    for name in part.sets:
+        row[name] = evaluate(model, cfg, name, part.samples)
     return row
 
 
@@ -322,30 +322,32 @@ def train_and_evaluate(run, folder):
 # All runs
 
 
-def launch(run, first):
+def launch(run):
     """One run in a process of its own; its line is added to the results when it is whole."""
-    results, _ = files_of(first)
     command = [sys.executable, __file__, "--run", run.part, run.name, str(run.seed)]
-    if first:
-        command.append("--first")
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     if result.returncode != 0:
         print(f"failed: {run.key()}\n{result.stderr[-2000:]}", flush=True)
         return
-    with open(results, "a") as file:
+    with open(RESULTS, "a") as file:
         file.write(result.stdout.splitlines()[-1] + "\n")
     print(f"done: {run.key()}", flush=True)
 
 
 def minutes(run):
     """About how long a run takes on one quiet core."""
+    part = STUDY[run.part]
     seconds = 0
     for flags in run.trainings:
         cfg = ampo.parse_flags(flags)
-        seconds += cfg.steps * STEP_SECONDS[cfg.method]
-    problems = sum(256 if name == "test" else 128 for name in run.sets)
-    return (seconds + problems * PROBLEM_SECONDS) / 60
+        step = STEP_SECONDS[cfg.method]
+        if "smollm2" in cfg.model:
+            step = SMOLLM_STEP_SECONDS[cfg.method]  # 8 x 48 tokens, or 4 x 128
+        seconds += cfg.steps * step
+    for name in part.sets:
+        seconds += SET_SECONDS.get(name, 8)
+    return seconds / 60
 
 
 def show(runs, finished):
@@ -366,24 +368,21 @@ def show(runs, finished):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("parts", nargs="*", help="default: all")
-    parser.add_argument("--first", action="store_true", help="the list of the first study")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
     parser.add_argument("--list", action="store_true", help="only show the runs")
     parser.add_argument("--run", nargs=3, metavar=("PART", "NAME", "SEED"),
                         help="one run in this process; prints its line")
     args = parser.parse_args(argv)
-    study = FIRST_STUDY if args.first else STUDY
-    results, folder = files_of(args.first)
-    unknown = set(args.parts) - set(study)
+    unknown = set(args.parts) - set(STUDY)
     if unknown:
-        parser.error(f"no part {', '.join(unknown)}; there are {', '.join(study)}")
-    runs = runs_of(study, args.parts or study)
+        parser.error(f"no part {', '.join(unknown)}; there are {', '.join(STUDY)}")
+    runs = runs_of(STUDY, args.parts or STUDY)
     if args.run:
         part, name, seed = args.run
         run, = [run for run in runs if run.key() == (part, name, int(seed))]
-        print(json.dumps(train_and_evaluate(run, folder)))
+        print(json.dumps(train_and_evaluate(run, STUDY[part], RUNS)))
         return
-    finished = done(results)
+    finished = done(RESULTS)
     if args.list:
         show(runs, finished)
         return
@@ -391,7 +390,7 @@ def main(argv=None):
     jobs = []
     for run in runs:
         if run.key() not in finished:
-            jobs.append(pool.submit(launch, run, args.first))
+            jobs.append(pool.submit(launch, run))
     try:
         for job in jobs:
             job.result()

@@ -1,6 +1,6 @@
 """The tables of results.md, from the lines that study.py wrote.
 
-    python data/results/table.py [FILE]                      # default: PUBLISHED, below
+    python data/results/table.py [FILE]                      # default: runs.jsonl
     python data/results/table.py > data/results/results.md
 
 Means over seeds with the half-width of a 95 % interval (Student's t); differences are paired by
@@ -18,14 +18,7 @@ import study
 
 import ampo
 
-PUBLISHED = HERE / "runs_v1.jsonl"  # what results.md and the figures are made of
-NOTES = {
-    "runs_v1.jsonl": "**These figures are of the first version of the code**, in which every "
-                     "method was trained\nunder AMPO's conventions. They are no measurement of "
-                     "the present state.\n",
-}
-
-OOD = ["ood_letters", "ood_phrasings", "ood_swapped", "ood_deeper", "ood_forward"]
+OOD = ["ood_letters", "ood_phrasings", "ood_swapped", "ood_orders", "ood_forward"]
 SURFACE = ["ood_letters", "ood_phrasings", "ood_swapped"]
 ORDER = ["base", "sft", "grpo", "sft+grpo", "luffy", "guide", "ghpo", "ampo", "grpo, more steps"]
 KS = [1, 2, 4, 8, 16, 32]
@@ -40,15 +33,14 @@ OWN_PAIRS = [
     ("ghpo", "grpo under ghpo"),
     ("ampo, paper", "grpo under ampo, paper"),
 ]
-CLAIM_PAIRS = [
+# Against plain GRPO that sampled about as many tokens.
+TOKENS_PAIRS = [
     ("guide", "grpo, more steps"),
     ("ghpo", "grpo, more steps"),
     ("ampo", "grpo, more steps"),
-    ("ampo", "select random"),
-    ("ampo", "teachers work"),
-    ("ampo, follow paper", "grpo, follow paper"),
-    ("ampo, follow paper", "ampo"),
 ]
+SINGLE_TEACHERS = ["teachers undo", "teachers work", "teachers expand", "teachers secant"]
+REWARDS = [0.5, 0.55, 0.6, 0.65, 0.7, 0.75]  # at which entropies are compared
 
 # Student's t by number of seeds.
 T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
@@ -68,9 +60,8 @@ def load(path):
 def place(row):
     """Where a row stands in the tables; a number for sorting."""
     names = list(ORDER)
-    for parts in (study.STUDY, study.FIRST_STUDY):
-        if row["part"] in parts:
-            names += [run.name for run in study.runs_of(parts, [row["part"]])]
+    if row["part"] in study.STUDY:
+        names += [run.name for run in study.runs_of(study.STUDY, [row["part"]])]
     return names.index(row["name"])
 
 
@@ -123,10 +114,31 @@ def tokens_sampled(row):
     """In training, in millions."""
     if "curves" not in row:
         return None
-    return sum(row["curves"]["tokens"]) * study.BIN / 1e6
+    return sum(row["curves"]["tokens"]) * row["bin"] / 1e6
+
+
+def entropy_at(reward):
+    """The column of the entropy in training, in hundredths of a nat a token, when the reward first
+    reached this. None for a run that did not reach it.
+    """
+    def value(row):
+        curves = row.get("curves", {"reward": [], "entropy": []})
+        for reached, nats in zip(curves["reward"], curves["entropy"]):
+            if reached is not None and reached >= reward:
+                return 100 * nats
+        return None
+
+    return value
 
 
 TEST_COLUMNS = {"test @1": column("test", 1), "@8": column("test", 8), "@32": column("test", 32)}
+WORDS_COLUMNS = {
+    "test @1": column("words/test"),
+    "@8": column("words/test", 8),
+    "longer @1": column("words/ood_longer"),
+    "longer @8": column("words/ood_longer", 8),
+}
+SCHOOL_COLUMNS = {"test @1": column("school/test"), "@4": column("school/test", 4)}
 COLUMNS = TEST_COLUMNS | {
     "letters, phrasings, swapped": surface,
     "mean of the five": all_families,
@@ -169,9 +181,16 @@ def means(part, columns):
 
 
 def paired(mine, others, function):
-    """The interval of the difference between two {seed: row}, over the seeds that both have."""
-    seeds = sorted(mine.keys() & others.keys())
-    return interval([function(mine[seed]) - function(others[seed]) for seed in seeds])
+    """The interval of the difference between two {seed: row}, over the seeds in which both have a
+    value.
+    """
+    differences = []
+    for seed in sorted(mine.keys() & others.keys()):
+        one = function(mine[seed])
+        other = function(others[seed])
+        if one is not None and other is not None:
+            differences.append(one - other)
+    return interval(differences)
 
 
 def differences(pairs, part, columns):
@@ -206,6 +225,11 @@ def main_table(part):
             cells = [paired(part[name], grpo, function) for function in COLUMNS.values()]
             rows.append([name, *cells])
     print(table(["", *COLUMNS], rows))
+
+    rows = differences(TOKENS_PAIRS, part, COLUMNS)
+    if rows:
+        print("At about equal numbers of sampled tokens, paired by seed:\n")
+        print(table(["", *COLUMNS], rows))
 
     print("Test @1 seed by seed:\n")
     rows = []
@@ -291,61 +315,132 @@ def own_comparisons(runs):
     print(table(["", *COLUMNS], rows))
 
 
+def entropies(part):
+    print("## Entropy at equal reward\n\nA model that solves more is surer. So ampo's entropy "
+          "in training, in hundredths of a nat a token, minus grpo's, at the step at which each "
+          "first reached a reward; over the seeds in which both did.\n")
+    mine = part.get("ampo", {})
+    others = part.get("grpo", {})
+    rows = []
+    for reward in REWARDS:
+        function = entropy_at(reward)
+        both = [s for s in mine.keys() & others.keys() if None not in
+                (function(mine[s]), function(others[s]))]
+        rows.append([str(reward), str(len(both)), paired(mine, others, function)])
+    print(table(["reward", "seeds", "entropy × 100, ampo − grpo"], rows))
+
+
 def ablations(part):
     default = part["ampo"]
-    steps = study.BIN * max(len(row["curves"]["reward"]) for row in default.values())
-    print(f"## Ablations of ampo\n\nAfter {steps} steps. ampo itself: comprehension, k=2, four "
-          "teachers, on failure, γ=0.1, --follow code.\n")
+    print("## Ablations of ampo\n\nAfter 150 steps. ampo itself: comprehension, k=2, four "
+          "teachers, on failure, γ=0.1, --follow code. The last column: test @1 minus that of "
+          "ampo, or of k=1 for what selects one trace, paired by seed.\n")
     columns = TEST_COLUMNS | {"entropy × 100": entropy}
     rows = []
     for row in means(part, columns):
+        name = row[0]
+        reference = part.get("k=1", {}) if name.startswith("k=1,") else default
         difference = ""
-        if row[0] != "ampo":
-            difference = paired(part[row[0]], default, column("test"))
+        if part[name] is not reference:
+            difference = paired(part[name], reference, column("test"))
         rows.append([*row, difference])
-    print(table(["", "seeds", *columns, "@1 against the default"], rows))
+    singles = [part.get(name, {}) for name in SINGLE_TEACHERS]
+    seeds = set(default).intersection(*singles)
+    if seeds:
+        rows.append(mean_of_singles(singles, default, seeds, columns))
+    print(table(["", "seeds", *columns, "@1 against it"], rows))
 
 
-def claims(runs):
-    """Of the first study."""
-    print("## More runs of 250 steps\n\nWhat two of the claims compare ampo with, and both "
-          "methods after the papers' formulae; then differences, paired by seed.\n")
-    main_part = runs.get("main", {})
-    compared = {}
-    for name in ("ampo", "grpo", "grpo, more steps"):
-        if name in main_part:
-            compared[name] = main_part[name]
-    rows = means(compared, COLUMNS) + means(runs["claims"], COLUMNS)
-    print(table(["", "seeds", *COLUMNS], rows))
-    rows = differences(CLAIM_PAIRS, runs["claims"] | main_part, COLUMNS)
-    print(table(["", *COLUMNS], rows))
+def mean_of_singles(singles, default, seeds, columns):
+    """A row of the ablations: one teacher, when it is not known which."""
+    row = ["one teacher, mean of the four", str(len(seeds))]
+    for function in columns.values():
+        row.append(interval([average(singles, seed, function) for seed in seeds]))
+    at_one = column("test")
+    gaps = [average(singles, seed, at_one) - at_one(default[seed]) for seed in seeds]
+    return [*row, interval(gaps)]
 
 
-def sweep(part):
-    print("## Learning rate, on the validation set (one seed)\n")
-    columns = {"@1": column("valid", 1), "@8": column("valid", 8), "@32": column("valid", 32)}
+def average(runs, seed, function):
+    """The mean over some {seed: row} of a function of their row of this seed."""
+    return statistics.mean(function(run[seed]) for run in runs)
+
+
+def real_model(part, title, scores):
+    """SmolLM2-135M-Instruct on problems of one kind; `scores` are the columns of its sets."""
+    print(f"## SmolLM2-135M-Instruct: {title}\n\nPer cent solved; failed groups (%) and reward "
+          "in the last four steps of 40, seconds a step on one core beside other work, peak "
+          "memory in GB.\n")
+    columns = scores | {"failed groups": failed_groups}
+    rows = []
+    for row in means(part, columns):
+        seeds = part[row[0]].values()
+        trained = [seed_row for seed_row in seeds if "curves" in seed_row]
+        rows.append([*row, last_reward(trained), speed(trained), memory(seeds)])
+    head = ["", "seeds", *columns, "reward", "s a step", "GB"]
+    print(table(head, rows))
+
+    print("Reward of the plain rollouts, means of four steps:\n")
+    rows = []
+    for name, seeds in part.items():
+        for seed, row in seeds.items():
+            if "curves" in row and None not in row["curves"]["reward"]:
+                curve = [f"{reward:.2f}" for reward in row["curves"]["reward"]]
+                failed = [f"{100 * share:.0f}" for share in row["curves"]["fail_rate"]]
+                nats = [f"{value:.2f}" for value in row["curves"]["entropy"]]
+                rows.append([f"{name}, seed {seed}", *map(" ".join, (curve, failed, nats))])
+    print(table(["", "reward", "failed groups, %", "entropy, nats a token"], rows))
+
+
+def last_reward(rows):
+    """Of the plain rollouts, at the end of training."""
+    rewards = [row["curves"]["reward"][-1] for row in rows]
+    if not rewards or None in rewards:
+        return "–"
+    return f"{statistics.mean(rewards):.2f}"
+
+
+def speed(rows):
+    """Seconds a training step, of the fastest seed."""
+    if not rows:
+        return "–"
+    steps = len(rows[0]["curves"]["reward"]) * rows[0]["bin"]
+    return f"{min(row['seconds'] for row in rows) / steps:.0f}"
+
+
+def memory(rows):
+    """The peak of a run."""
+    return f"{max(row['memory'] for row in rows):.1f}"
+
+
+def sweep(part, name):
+    print(f"## Learning rate, on {name} (one seed)\n")
+    columns = {"@1": column(name, 1), "@8": column(name, 8)}
     print(table(["", "seeds", *columns], means(part, columns)))
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    path = Path(argv[0]) if argv else PUBLISHED
+    path = Path(argv[0]) if argv else study.RESULTS
     runs = load(path)
     print(f"# Results\n\nMade by table.py from {path.name}; see the README for what they say.\n")
-    if path.name in NOTES:
-        print(NOTES[path.name])
     if "main" in runs:
         main_table(runs["main"])
+        entropies(runs["main"])
         costs(runs["main"])
         guides_analysis(runs["main"])
     if "own" in runs:
         own_comparisons(runs)
     if "ampo" in runs.get("ablations", {}):
         ablations(runs["ablations"])
-    if "claims" in runs:
-        claims(runs)
     if "sweep" in runs:
-        sweep(runs["sweep"])
+        sweep(runs["sweep"], "valid")
+    if "words" in runs:
+        real_model(runs["words"], "sums in words", WORDS_COLUMNS)
+    if "words sweep" in runs:
+        sweep(runs["words sweep"], "words/valid")
+    if "school" in runs:
+        real_model(runs["school"], "GSM8K, four real teachers", SCHOOL_COLUMNS)
 
 
 if __name__ == "__main__":
