@@ -1034,10 +1034,15 @@ def token_list(ids):
 
 # Stage 1, a table of rules, brings LaTeX down to a small alphabet. Stage 2, a small parser, makes
 # a tree of it. Two expressions are equal when their values agree to 350 bits at random points for
-# their unknowns; two lists, tuples or relations are equal when their parts are.
+# their unknowns; two lists, tuples or relations are equal when their parts are. Equality is built
+# up from the inside: same (two numbers), agree (values at all points), equal (trees), matches
+# (trees without labels and units), same_answer (texts), verify (a response and its gold answer).
 
 # One rule a line, in the order in which they are applied:
 # pattern | replacement | example | what all the rules make of it.  ␣ is a space; ‹…› see PARTS.
+# The small alphabet: 3÷4 a fraction, 1&3÷4 a mixed number, .8~3 a periodic decimal, +- a minus
+# between terms, f@(x) the value of a function, ⟦(1,2),(3,4)⟧ a matrix, ⦃1,2⦄ a set, "cm" a word or
+# unit. Nothing reads ‼: what holds it equals nothing.
 RULE_TABLE = r"""
 What stands around an answer
 ^\s*\*\*|\*\*\s*$ | | **5** | 5
@@ -1203,22 +1208,19 @@ def compile_rules(table):
 
 RULES = compile_rules(RULE_TABLE)
 
-# What the parser reads.
+# What the parser reads; 1&3÷4 is a mixed number, 0.8~3 is periodic.
 NUMBER = r"\d{1,50}÷\d{1,50}|\d*\.\d*~\d+|\d{0,50}\.?\d{1,50}(?:[eE][+-]?\d{1,3}(?!\d))?"
 LETTER = r"(?:\\[A-Za-z]+|[^\W\d_])['⁻]*(?:_\{[^{}]*\})?'*(?:@\([^()]*\))?"
 NAME = rf"""\d{{1,2}}:\d\d(?!\d)|\d+_\{{\w+\}}|[A-Z]{{2,}}|{LETTER}|"[^"]*"|[∞∅%°]"""
 TOKEN = re.compile(rf"{NAME}|{NUMBER}|\S")
-LEVELS = (",", "=≠<≤", "∪", "+&", "*/")  # loosest first; 1&3÷4 is mixed, 0.8~3 periodic
-UNORDERED = {",", "{}", "⦃⦄"}
-STRUCTURES = UNORDERED | {"()", "[]", "[)", "(]", "⟦⟧", "label", "=", "≠", "<", "≤"}
+SIGNS = ",=≠<≤∪+&*/ ^"  # loosest first; the blank is for a product without sign, such as 2x
+OPERAND = r'[\w\\({\[⟦."%°]'  # what the second factor of such a product begins with
 
-MAX_CHARS = 400  # with HUGE it bounds the work: neither a timeout nor a subprocess is needed
 MP = mpmath.MPContext()  # our own: mpmath's global precision stays as it is
 MP.prec = 500  # bits
-SAME = MP.mpf(2) ** -350  # numbers that differ by less than this part of them are the same
-HUGE = MP.mpf(2) ** 150  # bounds the ratio of two terms, exponents and what functions are taken of
-CONSTANTS = {"π": MP.pi, "e": MP.e, "i": MP.j, "∞": MP.nan,
-             "%": MP.mpf(1) / 100, "°": MP.pi / 180}
+SAME = 2**-350  # numbers that differ by less than this part of them are the same
+HUGE = 2**150  # bounds the ratio of two terms, exponents and what functions are taken of
+CONSTANTS = {"π": MP.pi, "e": MP.e, "i": MP.j, "%": MP.mpf("0.01"), "°": MP.degree}
 
 
 def rewrite(text):
@@ -1233,59 +1235,70 @@ def rewrite(text):
 
 @functools.lru_cache(1000)  # one gold answer is compared with many
 def read(text):
-    """The tree of a text. ValueError and the like for what cannot be read."""
-    if len(text) > MAX_CHARS:
+    r"""The tree of a text. ValueError and the like for what cannot be read.
+
+    >>> rewrite(r"\frac{3}{4}x - 1")
+    '{3÷4}x+-1'
+    >>> read("2x - 1")[1]
+    ('*', ('number', Fraction(2, 1)), ('name', 'x'))
+    """
+    if len(text) > 400:  # with HUGE it bounds the work: no timeout or subprocess is needed
         raise ValueError
-    tokens = ["end", *reversed(TOKEN.findall(rewrite(text)))]
+    tokens = ["∎", *reversed(TOKEN.findall(rewrite(text)))]  # ∎ is the end; pop() takes the next
     tree = parse(tokens)
-    if tokens != ["end"]:
+    if tokens != ["∎"]:
         raise ValueError("something is left over")
     return tree
 
 
-def parse(tokens, level=0):
-    """Takes an expression of operators of this level, or tighter ones, from the end of `tokens`."""
-    if level == len(LEVELS):
-        return parse_product(tokens)
-    parts = [parse(tokens, level + 1)]
-    tree = parts[0]
-    while tokens[-1] in LEVELS[level]:
-        sign = tokens.pop()
-        parts.append(parse(tokens, level + 1))
-        tree = join(sign, tree, parts)
-    return tree
+def parse(tokens, signs=SIGNS, operand=OPERAND):
+    """Takes operands with these signs between them from the end of `tokens` and joins them.
+
+    What stands after a sign is parsed with the tighter signs alone, so that 1+2x is 1+(2x).
+    """
+    tree = parse_operand(tokens)
+    while tokens[-1] == "!":
+        tree = (tokens.pop(), tree)
+    while True:
+        sign = " " if re.match(operand, tokens[-1]) else tokens[-1]
+        if sign not in signs:
+            return tree
+        if sign != " ":
+            tokens.pop()
+        tighter = signs.partition(sign)[2]
+        if sign in "=^":
+            tighter = sign + tighter  # a^b^c is a^(b^c), but a/b/c is (a/b)/c
+        right = parse(tokens, tighter, operand)
+        tree = join(sign, tree, right)
 
 
-def join(sign, tree, parts):
-    """The tree of `tree`, an operator and the last of the parts that this level has so far."""
-    if sign in ",∪":
-        return (",", *parts)
+def join(sign, left, right):
+    """The tree of two trees and the sign between them."""
     if sign == "=":
-        return equation(parts)
-    return (sign, tree, parts[-1])
-
-
-def multiply(left, right):
-    """The product of two trees, which may be a number with its unit, or a number and a matrix."""
+        return equation(left, right)
+    if sign in ",∪" and left[0] == sign:
+        return (*left, right)
+    if sign not in "* ":
+        return (sign, left, right)
     if right[0] == "name" and right[1][0] in '"%°':
         return ("unit", right, left)
     if right[0] in ("⟦⟧", "()"):
-        return (right[0], *[multiply(left, part) for part in right[1:]])
+        return (right[0], *[join("*", left, part) for part in right[1:]])
     return ("*", left, right)
 
 
-def equation(sides):
-    """A chain of =: 2+3=5 stands for 5, x=2+3=5 for x=5. ValueError where it does not hold."""
-    first = sides[0]
-    last = sides[-1]
-    computed = not unknowns(first) and not is_label(first)
-    values = sides if computed else sides[1:]
-    if not all(equal(side, last) for side in values):
-        raise ValueError("a chain that does not hold")
-    if computed:
-        return last
-    kind = "label" if is_label(first) and first not in subtrees(last) else "="
-    return (kind, first, last)
+def equation(left, right):
+    """The tree of left=right. ValueError where it has no unknowns and does not hold.
+
+    One that holds stands for its right side: 2+3=5 for 5, and so x=2+3=5 for x=5.
+    """
+    if is_label(left):
+        return ("label", left, right)
+    if equal(left, right):
+        return right
+    if unknowns(left):
+        return ("=", left, right)
+    raise ValueError("an equation that does not hold")
 
 
 def is_label(tree):
@@ -1295,44 +1308,24 @@ def is_label(tree):
     return tree[0] in ("()", "/") and all(map(is_label, tree[1:]))
 
 
-def parse_product(tokens, operand=r'(?!end)[\w\\({\[⟦."%°]'):
-    """A product without signs such as 2x."""
-    tree = parse_power(tokens)
-    while re.match(operand, tokens[-1]):
-        tree = multiply(tree, parse_power(tokens))
-    return tree
-
-
-def parse_power(tokens):
-    """An operand with its factorials and exponent."""
-    tree = parse_operand(tokens)
-    while tokens[-1] == "!":
-        tree = (tokens.pop(), tree)
-    if tokens[-1] != "^":
-        return tree
-    return (tokens.pop(), tree, parse_power(tokens))
-
-
 def parse_operand(tokens):
     """A bracket, sign, function, name or number."""
     token = tokens.pop()
     if token == "-":
-        return ("neg", parse_power(tokens))
+        return ("neg", parse(tokens, "^"))
     if token in "([{⦃⟦":
         inner = parse(tokens)
         kind = token + tokens.pop()
-        if inner[0] == ",":
-            return (kind, *inner[1:])
-        return (kind, inner) if kind == "⟦⟧" else inner
+        return (kind, *inner[1:]) if inner[0] == "," else inner
     if token in (r"\frac", r"\root"):
         first = parse_operand(tokens)
         second = parse_operand(tokens)
         return ("/", first, second) if token == r"\frac" else ("^", second, first)
-    if token[1:] in OPERATIONS:
+    if token[1:] in FUNCTIONS:
         if tokens[-1] in "({":
             return (token[1:], parse_operand(tokens))
-        return (token[1:], parse_product(tokens, r"(?!end)[\w.°]"))
-    if token != "end" and re.fullmatch(NAME, token):
+        return (token[1:], parse(tokens, " ^", r"[\w.°]"))
+    if re.fullmatch(NAME, token):
         return ("name", token.lower() if token[0] == '"' else token.replace(" ", ""))
     start, _, period = token.replace("÷", "/").partition("~")
     number = ("number", Fraction(start + 300 * period))  # as good as infinitely many periods
@@ -1342,8 +1335,9 @@ def parse_operand(tokens):
 def subtrees(tree):
     """The tree and all trees in it, from the top down."""
     trees = [tree]
-    for each in trees:  # the list grows on the way
-        trees += [part for part in each[1:] if isinstance(part, tuple)]
+    for part in tree[1:]:
+        if isinstance(part, tuple):
+            trees += subtrees(part)
     return trees
 
 
@@ -1363,32 +1357,35 @@ def without(tree, kind):
 
 def unknowns(tree):
     """Names that are neither constants nor words."""
-    return {name for name in found(tree, "name").difference(CONSTANTS) if name[0] != '"'}
+    return {name for name in found(tree, "name") if name not in CONSTANTS and name[0] != '"'}
 
 
 def named(name, point):
-    """The value of a name; of an unknown at random, seeded by it, from point 8 on an integer."""
+    """The value of a name: of a constant, or of an unknown at random, as large as the point allows.
+
+    Points 0 to 5 lie in (-1, 1), 6 to 11 in (-10, 10); from 12 on there are ever larger integers.
+    """
     if name in CONSTANTS:
         return CONSTANTS[name]
-    rng = random.Random(f"{name} {point}")
-    if point >= 8:
-        return MP.mpf(point - 18 if point < 29 else rng.randrange(10 ** (point % 9)))
-    return MP.mpf(rng.choice((1, -1)) * rng.randrange(1, 1000)) / rng.choice((89, 1009))
+    share = random.Random(f"{name}, {point}").uniform(-1, 1)
+    number = MP.mpf(share * 10 ** (point // 6))
+    return number if point < 12 else MP.nint(number)
 
 
 def power(base, exponent):
     """base ** exponent; odd roots of negative numbers are real."""
     whole = MP.nint(exponent * 945)  # for the odd denominators 3, 5, 7, 9 and some more
-    if MP.im(base) == 0 and base < 0 and same(exponent * 945, whole):
+    if base == -abs(base) and same(exponent * 945, whole):
         return (-1) ** int(whole) * MP.power(-base, exponent)
     return MP.power(base, exponent)
 
 
 PRODUCTS = {"*": operator.mul, "/": operator.truediv, "÷": operator.pos, "unit": operator.mul,
-            "neg": operator.neg, "abs": abs, "&": operator.add}
-OPERATIONS = {name: getattr(MP, name) for name in  # no other name is ever looked up
+            "neg": operator.neg, "&": operator.add}
+FUNCTIONS = {"abs": abs}  # LaTeX commands that compute; no other name is ever looked up
+FUNCTIONS |= {name: getattr(MP, name) for name in
               "floor ceil sin cos tan cot sec csc asin acos atan sinh cosh tanh ln".split()}
-OPERATIONS |= PRODUCTS | {"+": operator.add, "^": power, "!": MP.factorial}
+OPERATIONS = FUNCTIONS | PRODUCTS | {"+": operator.add, "^": power, "!": MP.factorial}
 WORK = set(OPERATIONS) - {"neg", "unit", "&"}
 # bi and a+bi: the kind of the tree, then those of the trees in it, sorted and without signs
 COMPLEX = ("* name number", "+ name number", "+ * name number number")
@@ -1399,7 +1396,7 @@ def value(tree, point):
     """The value of an expression at a random point; nan where the precision does not reach."""
     kind, *parts = tree
     if kind == "number":
-        return MP.mpf(parts[0].numerator) / parts[0].denominator
+        return MP.convert(parts[0])
     if kind == "name":
         return named(parts[0], point)
     operands = [value(part, point) for part in parts]
@@ -1425,19 +1422,22 @@ def at(tree, point):
 
 def same(left, right):
     """Do two numbers agree?"""
-    return abs(left - right) <= SAME * max(abs(left), abs(right))
+    return MP.almosteq(left, right, SAME, 0)
 
 
 def agree(left, right):
-    """Has an answer, without unknowns of its own, the gold one's value wherever one has any?"""
+    """Has an answer, without unknowns of its own, the gold one's value wherever one has any?
+
+    12 points are tried, more where something is rounded: floor and ceil differ at integers only.
+    """
     if left == right:
         return True
     if not unknowns(left) <= unknowns(right):
         return False
     kinds = {tree[0] for tree in subtrees(left) + subtrees(right)}
-    points = 80 if kinds & {"floor", "ceil"} else 8
-    if not unknowns(right):
-        points = 1
+    points = 12 if unknowns(right) else 1
+    if kinds & {"floor", "ceil"}:
+        points = 80
     compared = False
     for point in range(points):
         pair = [at(left, point), at(right, point)]
@@ -1449,28 +1449,26 @@ def agree(left, right):
 
 
 def equal(left, right):
-    """Expressions have the same values; lists, tuples and relations have equal parts."""
+    """Have expressions the same values, lists, tuples and relations equal parts?
+
+    Equations are equal when the differences of their sides have a constant ratio: 2x=4y and x-2y=0.
+    """
     kinds = {left[0], right[0]}
-    if kinds <= UNORDERED:
+    if kinds <= {"number", "name", *OPERATIONS}:
+        return agree(left, right)
+    if kinds <= {",", "∪", "{}", "⦃⦄"}:
         rest = list(right[1:])
         for item in left[1:]:
-            matches = [other for other in rest if equal(item, other)]
-            if not matches:
+            equals = [other for other in rest if equal(item, other)]
+            if not equals:
                 return False
-            rest.remove(matches[0])
+            rest.remove(equals[0])
         return not rest
-    if not kinds & STRUCTURES:
-        return agree(left, right)
     if right[0] == "=" and kinds <= {"=", "label"}:
-        return proportional(left, right)
+        ratio = ("/", *[("+", tree[1], ("neg", tree[2])) for tree in (left, right)])
+        constant = ("number", value(ratio, 0))
+        return constant[1] != 0 and agree(constant, ratio)
     return len(kinds) == 1 and len(left) == len(right) and all(map(equal, left[1:], right[1:]))
-
-
-def proportional(left, right):
-    """Do the differences of the sides of two equations differ by a factor only?"""
-    differences = [("+", tree[1], ("neg", tree[2])) for tree in (left, right)]
-    ratios = [value(("/", *differences), point) for point in range(8)]
-    return ratios[0] != 0 and all(same(ratio, ratios[0]) for ratio in ratios)
 
 
 def is_rational(number):
@@ -1479,18 +1477,16 @@ def is_rational(number):
         return False
     for part in (MP.re(number), MP.im(number)):
         near = Fraction(int(part / SAME), 2**350).limit_denominator(10**30)
-        if not same(part * near.denominator, near.numerator):
+        if not same(part, MP.convert(near)):
             return False
     return True
 
 
-def terms(tree, sign):
-    """The kinds of trees in a sum or product of however many, without signs."""
-    if tree[0] == "neg":
-        return terms(tree[1], sign)
-    if tree[0] == sign:
-        return terms(tree[1], sign) + terms(tree[2], sign)
-    return [tree[0]]
+def numbers(tree, sign):
+    """How many numbers a sum or product consists of, whatever their signs."""
+    if tree[0] in (sign, "neg"):
+        return sum(numbers(part, sign) for part in tree[1:])
+    return int(tree[0] == "number")
 
 
 def undone(tree):
@@ -1498,15 +1494,17 @@ def undone(tree):
 
     Two numbers of one sum or product are work as well: x+1+2, 2x·3.
     """
-    kinds = set()
     tree = without(tree, "label")
-    for part in subtrees(tree) + subtrees(without(tree, "unit")):
-        inner = sorted(tree[0] for tree in subtrees(part)[1:] if tree[0] != "neg")
-        written = part[0] not in WORK or " ".join([part[0], *inner]) in COMPLEX
-        if not written and not unknowns(part) and is_rational(value(part, 0)):
-            kinds.add(part[0])
-        if part[0] in "+*" and terms(part, part[0]).count("number") > 1:
-            kinds.add(part[0])
+    kinds = set()
+    # 30°+40° is work when its units are left out, \sin 90° when they are not.
+    for part in set(subtrees(tree) + subtrees(without(tree, "unit"))):
+        kind = part[0]
+        if kind in WORK and not unknowns(part) and is_rational(value(part, 0)):
+            inner = sorted(each[0] for each in subtrees(part)[1:] if each[0] != "neg")
+            if " ".join([kind, *inner]) not in COMPLEX:
+                kinds.add(kind)
+        if kind in "+*" and numbers(part, kind) > 1:
+            kinds.add(kind)
     return kinds
 
 
@@ -1515,10 +1513,10 @@ def same_answer(answer, gold):
 
     Decimals are exact: 0.333 is not 1/3. The gold answer 35\% takes 35 and 0.35, the gold answer
     35 takes 35\%, but 0.5 does not take 0.5\%. A unit, or the x= of x=5, may be left out but not
-    changed. Tuples, intervals and matrices are ordered; lists and sets are not, and a list is the
-    set of its items. x<3 is (-\infty,3). Words are equal when their letters are, in either case.
-    2+3=5 stands for 5, 5=6 for nothing. \textbf{(A)}\ 12 is neither A nor 12. What cannot be read
-    equals nothing.
+    changed. Tuples, intervals and matrices are ordered; lists and sets are not, and a list equals
+    a set of the same items, each as often. x<3 is (-\infty,3). Words are equal when their letters
+    are, in either case; up to three small letters are a product. 2+3=5 stands for 5, 5=6 for
+    nothing. \textbf{(A)}\ 12 is neither A nor 12. What cannot be read equals nothing.
 
     The answer must be worked out: what is rational must be written as a number (sign, decimal,
     fraction, mixed number, ratio, per cent, power of ten, a+bi), unless the gold answer leaves the
@@ -1549,23 +1547,26 @@ def matches(answer, gold):
     return False
 
 
-BOX = re.compile(r"\\(?:boxed|fbox)\s*(?:\{|(\w+))|<answer>(.*?)</answer>", re.DOTALL)
+BOX = re.compile(r"\\(?:boxed|fbox)(?:\s*\{| +([^{}$\n]+))|<answer>(.*?)</answer>", re.DOTALL)
 
 
 def extract_answer(response):
     r"""The content of the last \boxed{}, \fbox{} or <answer>...</answer>, whichever comes last.
 
     None when there is none, or when the last one is cut off. The last one counts wherever it
-    stands, inside <think> too, whatever prose follows, and also when it is empty. \boxed 5 is 5.
+    stands, inside <think> too, whatever prose follows, and also when it is empty. Without braces
+    the content ends with the line or at a $.
     """
     start = max(response.rfind(mark) for mark in ("\\boxed", "\\fbox", "<answer>"))
     match = BOX.match(response, start)
-    if match is None or match.lastindex:
-        return match and match[match.lastindex]
+    if match is None:
+        return None
+    if match.lastindex:
+        return match[match.lastindex]
     rest = response[match.end():]
     depth = 1
-    for brace in re.finditer(r"\\.|[{}]", rest):
-        depth += (brace[0] == "{") - (brace[0] == "}")
+    for brace in re.finditer(r"(?<!\\)[{}]", rest):
+        depth += 1 if brace[0] == "{" else -1
         if depth == 0:
             return rest[:brace.start()]
     return None
@@ -1579,14 +1580,15 @@ def skeleton(text):
 def is_copied(answer, gold, question):
     """Does an answer that computes something stand in the question as it is?
 
-    Numbers, words, letters and lists of them may; so may the gold answer, written as it is.
+    Numbers, words, letters and lists of them may; so may the gold answer, written as it is. Of an
+    answer with a label, or a chain of =, the last side counts.
     """
     tree = read(answer)
     if tree == gold or not any(part[0] in OPERATIONS for part in subtrees(tree)):
         return False
     text = skeleton(answer)
-    if tree[0] == "label":
-        text = text.partition("= ")[2]
+    if tree[0] in ("label", *OPERATIONS):
+        text = text.rpartition("= ")[2]
     whole = rf"(?<!\S)(?<![-+*/^] ){re.escape(text)}(?! [-+*/^!])(?!\S)"
     return re.search(whole, skeleton(question)) is not None
 

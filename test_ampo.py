@@ -1785,7 +1785,8 @@ class Test_extract_answer:
         ("\\boxed{\\frac{3}{\\sqrt{5}}} as claimed", "\\frac{3}{\\sqrt{5}}"),
         ("\\boxed{\\{2,3\\}}", "\\{2,3\\}"),
         ("\\boxed{\\left\\{ x \\right.}", "\\left\\{ x \\right."), ("\\boxed {31}", "31"),
-        ("\\boxed 31", "31"), ("\\fbox{31}", "31"), ("\\boxed{31}}}", "31"), ("\\boxed{}", ""),
+        ("\\boxed 31", "31"), ("so $\\boxed 1/2$", "1/2"), ("\\boxed 5x+1\nyes", "5x+1"),
+        ("\\fbox{31}", "31"), ("\\boxed{31}}}", "31"), ("\\boxed{}", ""),
         ("<answer>31</answer>", "31"), ("<answer>\n31\n</answer>", "\n31\n"),
         ("<think>\\boxed{31}</think> done", "31"), ("\\boxed{31} and more prose", "31"),
         ("\\boxed{31} \\boxed{}", ""), ("31", None), ("", None), ("boxed{31}", None),
@@ -1835,6 +1836,7 @@ class Test_same_answer:
     def test_every_letter_may_be_negative_and_positive(self):
         for letter in "abcdfghjklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ":
             compare(letter, f"|{letter}|", False, "signs")
+            compare(rf"\neg {letter}", f"-{letter}", False, "not is no sign")
             compare(f"-{letter}", f"|{letter}|", False, "signs")
 
     def test_an_integer_that_is_almost_reached(self):

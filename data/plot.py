@@ -42,7 +42,7 @@ STYLES = {"base": "--", "grpo": "-", "ampo": "-", "luffy": "--", "guide": "-.", 
 CURVES = {
     "reward": "Reward of plain rollouts",
     "fail_rate": "Share of groups that all failed",
-    "entropy": "Entropy (nats a token)",
+    "entropy": "Entropy (nats per token)",
 }
 OWN_CURVES = CURVES | {
     "rescued": "Share of groups rescued by guidance",

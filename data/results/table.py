@@ -257,7 +257,7 @@ def least_gaps(mine, others):
 
 def costs(part):
     print("## What it took\n\n"
-          "Entropy in nats a token and length in tokens on test at temperature 0.6; failed groups "
+          "Entropy in nats per token and length in tokens on test at temperature 0.6; failed groups "
           "(%) in the last ten steps; tokens sampled in training (millions); seconds of training "
           "on one core, of the fastest seed, as the machine had other work.\n")
     columns = {
@@ -389,7 +389,7 @@ def real_model(part, title, scores):
                 failed = [f"{100 * share:.0f}" for share in row["curves"]["fail_rate"]]
                 nats = [f"{value:.2f}" for value in row["curves"]["entropy"]]
                 rows.append([f"{name}, seed {seed}", *map(" ".join, (curve, failed, nats))])
-    print(table(["", "reward", "failed groups, %", "entropy, nats a token"], rows))
+    print(table(["", "reward", "failed groups, %", "entropy, nats per token"], rows))
 
 
 def last_reward(rows):
