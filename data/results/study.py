@@ -124,7 +124,7 @@ ABLATIONS = """
     gamma=1                    0-4  --gamma 1
 """
 
-# A real language model. The learning rate is that of the better one of two AMPO runs on valid.
+# A real language model.
 SMOLLM = "--recipe ampo --model data/smollm2"
 WORDS_FLAGS = (
     f"{SMOLLM} --data data/words/train.jsonl --prompts_per_step 8 --group_size 4 "
@@ -311,8 +311,9 @@ def train_and_evaluate(run, part, folder):
         train([*flags, "--model", str(model)], run.seed, out)
         row["curves"], row["seconds"] = curves(out / "metrics.jsonl", part.bin)
         model = out / "model"
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    row["memory"] = round(kilobytes * 1024 / 1e9, 2)  # the peak in GB
+    if run.trainings:
+        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        row["memory"] = round(kilobytes * 1024 / 1e9, 2)  # the peak in GB
     for name in part.sets:
         row[name] = evaluate(model, cfg, name, part.samples)
     return row

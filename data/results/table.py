@@ -94,7 +94,7 @@ def all_families(row):
 
 
 def entropy(row):
-    """Of samples on test, in hundredths of a nat a token."""
+    """Of samples on test, in hundredths of a nat per token."""
     return 100 * row["test"]["entropy"]
 
 
@@ -118,7 +118,7 @@ def tokens_sampled(row):
 
 
 def entropy_at(reward):
-    """The column of the entropy in training, in hundredths of a nat a token, when the reward first
+    """The column of the entropy in training, in hundredths of a nat per token, when the reward first
     reached this. None for a run that did not reach it.
     """
     def value(row):
@@ -317,7 +317,7 @@ def own_comparisons(runs):
 
 def entropies(part):
     print("## Entropy at equal reward\n\nA model that solves more is surer. So ampo's entropy "
-          "in training, in hundredths of a nat a token, minus grpo's, at the step at which each "
+          "in training, in hundredths of a nat per token, minus grpo's, at the step at which each "
           "first reached a reward; over the seeds in which both did.\n")
     mine = part.get("ampo", {})
     others = part.get("grpo", {})
@@ -376,11 +376,10 @@ def real_model(part, title, scores):
     for row in means(part, columns):
         seeds = part[row[0]].values()
         trained = [seed_row for seed_row in seeds if "curves" in seed_row]
-        rows.append([*row, last_reward(trained), speed(trained), memory(seeds)])
+        rows.append([*row, last_reward(trained), speed(trained), memory(trained)])
     head = ["", "seeds", *columns, "reward", "s a step", "GB"]
     print(table(head, rows))
 
-    print("Reward of the plain rollouts, means of four steps:\n")
     rows = []
     for name, seeds in part.items():
         for seed, row in seeds.items():
@@ -389,7 +388,9 @@ def real_model(part, title, scores):
                 failed = [f"{100 * share:.0f}" for share in row["curves"]["fail_rate"]]
                 nats = [f"{value:.2f}" for value in row["curves"]["entropy"]]
                 rows.append([f"{name}, seed {seed}", *map(" ".join, (curve, failed, nats))])
-    print(table(["", "reward", "failed groups, %", "entropy, nats per token"], rows))
+    if rows:
+        print("Reward of the plain rollouts, means of four steps:\n")
+        print(table(["", "reward", "failed groups, %", "entropy, nats per token"], rows))
 
 
 def last_reward(rows):
@@ -410,6 +411,8 @@ def speed(rows):
 
 def memory(rows):
     """The peak of a run."""
+    if not rows:
+        return "–"
     return f"{max(row['memory'] for row in rows):.1f}"
 
 
