@@ -2101,7 +2101,7 @@ def readable(problem, rollouts, group):
 
 
 def make_optimizer(student):
-    """AdamW over the model and its value head."""
+    """AdamW over the model and its value head. The weight decay is ours, no paper's."""
     weights = [*student.model.parameters(), *student.value_head.parameters()]
     return torch.optim.AdamW(weights, student.cfg.lr, weight_decay=0.1, fused=True)
 
