@@ -413,7 +413,7 @@ def choose_traces(student, problem, k):
     elif cfg.select == "random":
         order = torch.randperm(len(traces)).tolist()
     elif cfg.select == "comprehension":
-        kind = mean_of(cfg)
+        kind = comprehension_mean(cfg)
         texts = [trace.text for trace in traces]
         scores = comprehension(
             student.rollout_model, student.tokenizer, problem, texts, kind, cfg.system
@@ -425,7 +425,7 @@ def choose_traces(student, problem, k):
     return [traces[i] for i in order][:k]
 
 
-def mean_of(cfg):
+def comprehension_mean(cfg):
     """Which mean comprehension takes: the code's, or the paper's under --follow paper."""
     return "geometric" if cfg.follow == "paper" else "arithmetic"
 
@@ -1565,10 +1565,13 @@ def extract_answer(response):
         return match[match.lastindex]
     rest = response[match.end():]
     depth = 1
-    for brace in re.finditer(r"(?<!\\)[{}]", rest):
-        depth += 1 if brace[0] == "{" else -1
+    for mark in re.finditer(r"\\.|[{}]", rest):  # \{ is no brace, \\ no beginning of \{
+        if mark[0] == "{":
+            depth += 1
+        elif mark[0] == "}":
+            depth -= 1
         if depth == 0:
-            return rest[:brace.start()]
+            return rest[:mark.start()]
     return None
 
 
@@ -2013,13 +2016,13 @@ def write_text(path, text):
     new.replace(path)
 
 
-def append(path, row):
+def append_line(path, row):
     """Add a line to a log."""
     with open(path, "a") as file:
         file.write(json.dumps(row) + "\n")
 
 
-def cut(path, steps):
+def keep_lines(path, steps):
     """Leave the lines of the first `steps` steps in a log."""
     lines = []
     if path.exists():
@@ -2055,7 +2058,7 @@ def open_run(argv):
         cfg = parse_flags(argv, saved)
         if cfg.model != saved["model"]:
             raise InputError("--resume --model: a run goes on from its own checkpoint")
-        for name in ("model.old", "model"):
+        for name in ("model.old", "model"):  # the newer one, if both are there
             if (out / name).exists():
                 checkpoint = out / name
     elif out.is_file() or any(out.glob("*")):
@@ -2101,7 +2104,7 @@ def readable(problem, rollouts, group):
 
 
 def make_optimizer(student):
-    """AdamW over the model and its value head. The weight decay is ours, no paper's."""
+    """AdamW over the model and its value head."""
     weights = [*student.model.parameters(), *student.value_head.parameters()]
     return torch.optim.AdamW(weights, student.cfg.lr, weight_decay=0.1, fused=True)
 
@@ -2119,8 +2122,8 @@ def train(cfg, checkpoint=None, sampler=generate):
         done = restore(student, optimizer, checkpoint)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "run.json", json.dumps(asdict(cfg), indent=1))
-    cut(metrics_file, done)
-    cut(responses_file, done)
+    keep_lines(metrics_file, done)
+    keep_lines(responses_file, done)
 
     bar = tqdm(range(done, cfg.steps), initial=done, total=cfg.steps, desc=cfg.method)
     for step in bar:
@@ -2132,8 +2135,8 @@ def train(cfg, checkpoint=None, sampler=generate):
         if valid and (step + 1) % cfg.eval_every == 0:
             scores, _ = evaluate(student, valid, cfg.group_size)
             metrics["valid"] = scores["pass@1"]
-        append(responses_file, example)
-        append(metrics_file, metrics)
+        append_line(responses_file, example)
+        append_line(metrics_file, metrics)
         bar.set_postfix(reward=metrics["reward"], failed=metrics["fail_rate"])
         if (step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps:
             try:

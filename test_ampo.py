@@ -1785,6 +1785,7 @@ class Test_extract_answer:
         ("\\boxed{\\frac{3}{\\sqrt{5}}} as claimed", "\\frac{3}{\\sqrt{5}}"),
         ("\\boxed{\\{2,3\\}}", "\\{2,3\\}"),
         ("\\boxed{\\left\\{ x \\right.}", "\\left\\{ x \\right."), ("\\boxed {31}", "31"),
+        ("\\boxed{x\\\\}", "x\\\\"),
         ("\\boxed 31", "31"), ("so $\\boxed 1/2$", "1/2"), ("\\boxed 5x+1\nyes", "5x+1"),
         ("\\fbox{31}", "31"), ("\\boxed{31}}}", "31"), ("\\boxed{}", ""),
         ("<answer>31</answer>", "31"), ("<answer>\n31\n</answer>", "\n31\n"),

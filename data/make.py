@@ -313,9 +313,10 @@ def equation_problem(rng, equation, letters, phrasings, swapped=False):
     question = question_of(equation, phrasing, letter, swapped)
     gold = answer_of(equation)
     values = values_of(equation)
+    form = form_of(equation)
     traces = {}
     for name, teacher in TEACHERS.items():
-        if form_of(equation) in ABLE[name]:
+        if form in ABLE[name]:
             traces[name] = checked(write(*teacher(equation, values)), gold)
     return {
         "question": question,
@@ -617,22 +618,19 @@ def measure_traces(model, tokenizer, problems):
 
     None where a teacher has no trace.
     """
-    rows = {}
-    for name in TEACHERS:
-        rows[f"r_p {name}"] = []
-    for name in TEACHERS:
-        rows[f"tok {name}"] = []
+    scores = []   # for each problem {teacher: comprehension of its trace}
+    lengths = []  # for each problem {teacher: tokens of its trace}
     for problem in problems:
         teachers = problem["teachers"]
+        traces = list(teachers.values())
         bare = ampo.Problem(problem["question"], problem["answer"])
-        scores = ampo.comprehension(model, tokenizer, bare, list(teachers.values()))
-        score_of = dict(zip(teachers, scores))
+        scores.append(dict(zip(teachers, ampo.comprehension(model, tokenizer, bare, traces))))
+        tokens = [len(tokenizer.encode(trace)) for trace in traces]
+        lengths.append(dict(zip(teachers, tokens)))
+    rows = {}
+    for title, column in (("r_p", scores), ("tok", lengths)):
         for name in TEACHERS:
-            rows[f"r_p {name}"].append(score_of.get(name))
-            length = None
-            if name in teachers:
-                length = len(tokenizer.encode(teachers[name]))
-            rows[f"tok {name}"].append(length)
+            rows[f"{title} {name}"] = [of_problem.get(name) for of_problem in column]
     return rows
 
 

@@ -130,7 +130,7 @@ def read_traces(student, problem):
     samples = ampo.teacher_samples(student, problem)
     scores = ampo.comprehension(
         student.rollout_model, student.tokenizer, problem, [sample.text for sample in samples],
-        ampo.mean_of(student.cfg), student.cfg.system,
+        ampo.comprehension_mean(student.cfg), student.cfg.system,
     )
     traces = []
     for sample, score in zip(samples, scores):
@@ -332,7 +332,7 @@ def traces_view(step, guided):
     cfg = step.student.cfg
     left_out = sorted(set(step.problem.teachers) - {trace.name for trace in step.before})
     says = (
-        f"Comprehension r is the {ampo.mean_of(cfg)} mean of the probabilities that the student "
+        f"Comprehension r is the {ampo.comprehension_mean(cfg)} mean of the probabilities that the student "
         "gives the gold answer's tokens after the trace (Eq. 5). The bars show them. Those chosen "
         f"(--k {cfg.k}, --select {cfg.select}) replace wrong rollouts drawn at random (Eq. 4)."
     )

@@ -14,8 +14,9 @@ Four scripted teachers write differently, and none of them can do every form:
     places   tens, then ones, then both           no loss
     sides    gains, then losses, the difference   three numbers or more, at least one loss
 
-Alone they do 67, 81, 40 and 48 % of the training problems, together all of them. `solution` is running
-totals line by line whatever the form, `hint` the numbers with their signs and the first total.
+Alone they do 67, 81, 40 and 48 % of the training problems, together all of them. `solution` is
+running totals line by line whatever the form, `hint` the numbers with their signs and the first
+total.
 Traces are short: SmolLM2's tokenizer makes at most 48 tokens of one, its end token included.
 
 A guesser is almost never right: no answer makes up 2 % of a set, and none is a number of its own

@@ -117,9 +117,14 @@ def tokens_sampled(row):
     return sum(row["curves"]["tokens"]) * row["bin"] / 1e6
 
 
+def steps_of(row):
+    """The number of training steps."""
+    return len(row["curves"]["reward"]) * row["bin"]
+
+
 def entropy_at(reward):
-    """The column of the entropy in training, in hundredths of a nat per token, when the reward first
-    reached this. None for a run that did not reach it.
+    """The column of the entropy in training when the reward first reached this, in hundredths of a
+    nat per token. None for a run that did not reach it.
     """
     def value(row):
         curves = row.get("curves", {"reward": [], "entropy": []})
@@ -180,17 +185,20 @@ def means(part, columns):
     return rows
 
 
-def paired(mine, others, function):
-    """The interval of the difference between two {seed: row}, over the seeds in which both have a
-    value.
-    """
-    differences = []
+def paired_gaps(mine, others, function):
+    """The differences between two {seed: row}, for the seeds in which both have a value."""
+    found = []
     for seed in sorted(mine.keys() & others.keys()):
         one = function(mine[seed])
         other = function(others[seed])
         if one is not None and other is not None:
-            differences.append(one - other)
-    return interval(differences)
+            found.append(one - other)
+    return found
+
+
+def paired(mine, others, function):
+    """The interval of the difference between two {seed: row}."""
+    return interval(paired_gaps(mine, others, function))
 
 
 def differences(pairs, part, columns):
@@ -257,9 +265,9 @@ def least_gaps(mine, others):
 
 def costs(part):
     print("## What it took\n\n"
-          "Entropy in nats per token and length in tokens on test at temperature 0.6; failed groups "
-          "(%) in the last ten steps; tokens sampled in training (millions); seconds of training "
-          "on one core, of the fastest seed, as the machine had other work.\n")
+          "Entropy in nats per token and length in tokens on test at temperature 0.6; failed "
+          "groups (%) in the last ten steps; tokens sampled in training (millions); seconds of "
+          "training on one core, of the fastest seed, as the machine had other work.\n")
     columns = {
         "entropy × 100": entropy,
         "length": length,
@@ -323,16 +331,15 @@ def entropies(part):
     others = part.get("grpo", {})
     rows = []
     for reward in REWARDS:
-        function = entropy_at(reward)
-        both = [s for s in mine.keys() & others.keys() if None not in
-                (function(mine[s]), function(others[s]))]
-        rows.append([str(reward), str(len(both)), paired(mine, others, function)])
+        found = paired_gaps(mine, others, entropy_at(reward))
+        rows.append([str(reward), str(len(found)), interval(found)])
     print(table(["reward", "seeds", "entropy × 100, ampo − grpo"], rows))
 
 
 def ablations(part):
     default = part["ampo"]
-    print("## Ablations of ampo\n\nAfter 150 steps. ampo itself: comprehension, k=2, four "
+    steps = max(map(steps_of, default.values()))
+    print(f"## Ablations of ampo\n\nAfter {steps} steps. ampo itself: comprehension, k=2, four "
           "teachers, on failure, γ=0.1, --follow code. The last column: test @1 minus that of "
           "ampo, or of k=1 for what selects one trace, paired by seed.\n")
     columns = TEST_COLUMNS | {"entropy × 100": entropy}
@@ -405,8 +412,7 @@ def speed(rows):
     """Seconds a training step, of the fastest seed."""
     if not rows:
         return "–"
-    steps = len(rows[0]["curves"]["reward"]) * rows[0]["bin"]
-    return f"{min(row['seconds'] for row in rows) / steps:.0f}"
+    return f"{min(row['seconds'] for row in rows) / steps_of(rows[0]):.0f}"
 
 
 def memory(rows):
